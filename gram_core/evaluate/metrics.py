@@ -1,0 +1,191 @@
+"""Metrics over the trajectories table, in polars (paper, 4.2 and C.2; docs/evaluation.md).
+
+`puzzle_table` reduces trajectories to one row a puzzle, width and depth; `summarise` reduces
+those to numbers with 95% intervals over puzzles. Width N means the first N trajectories.
+
+Every metric is a ratio of two sums over puzzles. Intervals: Wilson's for a share of puzzles that
+each count as 0 or 1, a percentile bootstrap over puzzles for the others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from gram_core.config import Config, NonNegativeInt, PositiveInt
+
+
+class EvaluateConfig(Config, kw_only=True):
+    """Which widths to report, and the bootstrap of the intervals."""
+
+    widths: tuple[PositiveInt, ...] = (1, 5, 10, 20)
+    resamples: Annotated[int, msgspec.Meta(ge=100)] = 1000
+    seed: NonNegativeInt = 0
+
+
+def puzzle_table(
+    trajectories: pl.LazyFrame, puzzles: pl.LazyFrame, widths: Sequence[int]
+) -> pl.DataFrame:
+    """One row a puzzle, width and depth, in the columns of the `puzzles` schema.
+
+    `puzzles` has `puzzle_id` and `solution_count` (0 where unknown: coverage is then null).
+    Selectors: majority takes the commonest answer, ties to the earliest trajectory; value the
+    highest value head; first_halt the trajectory that halted in the fewest steps, ties and
+    trajectories that never halted by value.
+    """
+    rows = trajectories.with_columns(answer=pl.col("prediction").hash())
+    group = ["puzzle_id", "depth"]
+    tables = []
+    for width in widths:
+        votes = pl.len().over([*group, "answer"])
+        table = (
+            rows.filter(pl.col("trajectory") < width)
+            .with_columns(votes=votes)
+            .group_by(group)
+            .agg(
+                width=pl.lit(width, dtype=pl.UInt32),
+                selected_majority=_first_valid("votes", "-trajectory"),
+                selected_value=_first_valid("value", "-trajectory"),
+                selected_first_halt=_first_valid("halted", "-steps", "value", "-trajectory"),
+                accuracy=pl.col("valid").mean(),
+                valid_count=pl.col("valid").sum().cast(pl.UInt32),
+                distinct_valid=pl.col("answer").filter("valid").n_unique().cast(pl.UInt32),
+                distinct=pl.col("answer").n_unique().cast(pl.UInt32),
+                mean_steps=pl.col("steps").mean(),
+            )
+        )
+        tables.append(table)
+    known = pl.col("solution_count") > 0
+    share = pl.col("distinct_valid") / pl.col("solution_count")
+    return (
+        pl.concat(tables)
+        .join(puzzles.select("puzzle_id", "solution_count").unique(), on="puzzle_id", how="left")
+        .with_columns(coverage=pl.when(known).then(share))
+        .sort("depth", "width", "puzzle_id")
+        .collect()
+    )
+
+
+def _first_valid(*keys: str) -> pl.Expr:
+    """Validity of the trajectory that sorts first by `keys`: descending, ascending with a `-`."""
+    names = [key.lstrip("-") for key in keys]
+    down = [not key.startswith("-") for key in keys]
+    return pl.col("valid").sort_by(names, descending=down).first()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its 95% interval over puzzles."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion."""
+    z = 1.959963984540054
+    share = successes / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def ratio(
+    numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int
+) -> Estimate:
+    """sum(numerator) / sum(denominator) over puzzles, with its interval."""
+    count = len(numerator)
+    value = float(numerator.sum() / denominator.sum())
+    if (denominator == 1).all() and np.isin(numerator, (0.0, 1.0)).all():
+        return Estimate(value, *wilson(float(numerator.sum()), count))
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    below = weights @ denominator
+    # A resample may miss every puzzle that the ratio is over.
+    draws = np.divide(weights @ numerator, below, out=np.full(resamples, value), where=below > 0)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Estimate(value, float(low), float(high))
+
+
+def summarise(
+    puzzles: pl.DataFrame, width: int, depth: int, config: EvaluateConfig
+) -> dict[str, Estimate]:
+    """All metrics at one width and depth; names without the `@N`.
+
+    Coverage comes in three readings (paper.md leaves open which the paper means): `coverage` is
+    the mean over inputs, `coverage_pairs` pooled over all solutions, `coverage_multi` pooled over
+    the inputs with two solutions or more. `..._ideal` is what an ideal uniform sampler expects at
+    this width, `..._deterministic` what a perfect deterministic solver gets. `accuracy_pairs`
+    weights each input by its number of solutions.
+    """
+    rows = puzzles.filter((pl.col("width") == width) & (pl.col("depth") == depth))
+    if rows.is_empty():
+        raise ValueError(f"there is no puzzle at width {width} and depth {depth}")
+    one = np.ones(len(rows))
+
+    def column(name: str) -> np.ndarray:
+        return rows[name].cast(pl.Float64).to_numpy()
+
+    def estimate(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+        return ratio(numerator, denominator, config.resamples, config.seed)
+
+    out = {
+        "accuracy": estimate(column("accuracy"), one),
+        "any_valid": estimate((column("valid_count") > 0).astype(float), one),
+        "majority": estimate(column("selected_majority"), one),
+        "best_of_value": estimate(column("selected_value"), one),
+        "first_halt": estimate(column("selected_first_halt"), one),
+        "best_of_verifier": estimate((column("valid_count") > 0).astype(float), one),
+        "distinct": estimate(column("distinct"), one),
+        "steps": estimate(column("mean_steps"), one),
+    }
+    solutions, found = column("solution_count"), column("distinct_valid")
+    if (solutions > 0).all():
+        several = (solutions > 1).astype(float)
+        ideal = 1 - (1 - 1 / solutions) ** width
+        for suffix, share in (("", found / solutions), ("_ideal", ideal), ("_deterministic", 1 / solutions)):
+            out[f"coverage{suffix}"] = estimate(share, one)
+            out[f"coverage_pairs{suffix}"] = estimate(share * solutions, solutions)
+            if several.any():
+                out[f"coverage_multi{suffix}"] = estimate(
+                    share * solutions * several, solutions * several
+                )
+        out["accuracy_pairs"] = estimate(column("accuracy") * solutions, solutions)
+    return out
+
+
+WIDTHLESS = ("accuracy", "accuracy_pairs", "steps")
+
+
+def metrics(puzzles: pl.DataFrame, depth: int, config: EvaluateConfig) -> dict[str, float]:
+    """The flat keys of results/RUN/metrics.json at the run's depth: `name@N`, `name@N_low`,
+    `name@N_high`; metrics of a single trajectory carry no `@N` and use the largest width."""
+    flat: dict[str, float] = {}
+    for width in sorted(config.widths):
+        for name, estimate in summarise(puzzles, width, depth, config).items():
+            key = name if name in WIDTHLESS else f"{name}@{width}"
+            flat[key] = estimate.value
+            flat[f"{key}_low"], flat[f"{key}_high"] = estimate.low, estimate.high
+    return flat
+
+
+def by_solution_count(
+    puzzles: pl.DataFrame, width: int, depth: int, config: EvaluateConfig
+) -> pl.DataFrame:
+    """Accuracy, any-valid and coverage for each number of solutions (Figures 4 and 15), with the
+    number of puzzles and the intervals."""
+    at = puzzles.filter((pl.col("width") == width) & (pl.col("depth") == depth))
+    records = []
+    for (count,), rows in sorted(at.group_by("solution_count"), key=lambda group: group[0]):
+        found = summarise(rows, width, depth, config)
+        for name in ("accuracy", "any_valid", "coverage"):
+            if name in found:
+                e = found[name]
+                records.append((count, len(rows), name, e.value, e.low, e.high))
+    columns = ["solution_count", "puzzles", "metric", "value", "low", "high"]
+    return pl.DataFrame(records, schema=columns, orient="row")

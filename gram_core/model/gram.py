@@ -1,0 +1,209 @@
+"""GRAM: the recursion with learned stochastic guidance, and its deterministic twin.
+
+Wires encoder, recursion, prior, posterior, decoder and heads. Everything here is one transition
+or less; how transitions are chained, charged and trained is `gram_core.train`, how they are
+sampled is `gram_core.sample`.
+
+Shapes: B batch, S content positions, P prefix positions, L = P + S, D width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from gram_core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
+from gram_core.model.heads import HaltHead, ValueHead, token_decoder
+from gram_core.model.latent import Gaussian, GaussianHead, Guidance
+from gram_core.model.layers import Stack, lecun_normal_
+from gram_core.model.recursion import Recursion, State
+
+
+class ModelConfig(Config, kw_only=True):
+    """The architecture. Defaults are the paper's (Table 4, B.1); where it is silent or says two
+    things, docs/model.md gives the gap's number and the choice."""
+
+    dim: PositiveInt = 512
+    heads: PositiveInt = 8
+    ffn: PositiveInt = 512
+    layers: PositiveInt = 2
+    core: Literal["attention", "mixer"] = "attention"
+    hierarchical: bool = True
+    K: PositiveInt = 4
+    T: PositiveInt = 3
+    N_sup: PositiveInt = 16
+    deep_supervision: bool = True
+    guidance: Guidance = "full"
+    posterior: Literal["sum", "concat"] = "sum"
+    sigma: Literal["softplus", "exp"] = "softplus"
+    sigma_init: PositiveFloat = 0.1
+    sigma_floor: PositiveFloat = 1e-3
+    decoder: Literal["linear", "swiglu"] = "linear"
+    prefix_tokens: NonNegativeInt = 16
+    z0: Literal["per_position", "broadcast"] = "per_position"
+    halting: Literal["halt_only", "q_learning"] = "halt_only"
+    rope_base: PositiveFloat = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.dim % (2 * self.heads):
+            raise ValueError(
+                f"dim {self.dim} must be a multiple of 2 * heads = {2 * self.heads} (rotary pairs)"
+            )
+        if self.sigma_init <= self.sigma_floor:
+            raise ValueError(
+                f"sigma_init {self.sigma_init} must be above sigma_floor {self.sigma_floor}"
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether trajectories of one puzzle can differ."""
+        return self.guidance in ("full", "stochastic_only")
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """What a task asks of a model: positions, vocabulary, and learned puzzle identifiers."""
+
+    length: int
+    vocab: int
+    puzzles: int = 1
+
+
+class GRAM(nn.Module):
+    """The generative recursive reasoning model (paper, section 2).
+
+    With `guidance: none` it has no prior and no posterior and is the deterministic, TRM-like twin.
+    """
+
+    z0_h: Tensor
+    z0_l: Tensor
+
+    def __init__(self, config: ModelConfig, shape: TokenShape) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = shape
+        dim, length = config.dim, config.prefix_tokens + shape.length
+
+        def stack() -> Stack:
+            return Stack(
+                config.core,
+                layers=config.layers,
+                dim=dim,
+                heads=config.heads,
+                ffn=config.ffn,
+                length=length,
+                rope_base=config.rope_base,
+            )
+
+        def head(fan_in: int) -> GaussianHead | None:
+            if config.guidance == "none":
+                return None
+            return GaussianHead(
+                fan_in,
+                dim,
+                config.ffn,
+                guidance=config.guidance,
+                sigma=config.sigma,
+                sigma_init=config.sigma_init,
+                sigma_floor=config.sigma_floor,
+            )
+
+        # Drawn with std 1/sqrt(D) and scaled by sqrt(D) in use: rows of unit RMS.
+        self.embed_input = nn.Embedding(shape.vocab, dim)
+        lecun_normal_(self.embed_input.weight, dim)
+        self.puzzle = nn.Embedding(shape.puzzles, dim) if config.prefix_tokens else None
+        if self.puzzle is not None:
+            nn.init.zeros_(self.puzzle.weight)
+        self.recursion = Recursion(stack(), stack() if config.hierarchical else None, config.K)
+        self.prior_head = head(dim)
+        self.posterior_head = head(2 * dim if config.posterior == "concat" else dim)
+        self.embed_target: nn.Embedding | None = None
+        if self.posterior_head is not None:
+            self.embed_target = nn.Embedding(shape.vocab, dim)
+            lecun_normal_(self.embed_target.weight, dim)
+        self.decoder = token_decoder(config.decoder, dim, config.ffn, shape.vocab)
+        self.halt = HaltHead(dim)
+        self.value = ValueHead(dim)
+        # z_0 ~ N(0, I), drawn once, kept in the checkpoint, never trained.
+        z0_length = length if config.z0 == "per_position" else 1
+        self.register_buffer("z0_h", torch.randn(z0_length, dim))
+        self.register_buffer("z0_l", torch.randn(z0_length, dim))
+
+    @property
+    def length(self) -> int:
+        """L: prefix and content positions."""
+        return self.config.prefix_tokens + self.shape.length
+
+    def initial_state(self, batch: int) -> State:
+        """z_0, the same for every trajectory."""
+        size = (batch, self.length, self.config.dim)
+        return State(self.z0_h.expand(size).contiguous(), self.z0_l.expand(size).contiguous())
+
+    def embed(
+        self, inputs: UInt8[Tensor, "B S"], puzzle: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """e_x: token embeddings of unit RMS behind the puzzle's prefix.
+
+        The prefix is the puzzle's learned vector followed by zeros (paper, B.1 and C.2.1).
+        """
+        tokens = self.embed_input(inputs.int()) * math.sqrt(self.config.dim)
+        if self.puzzle is None:
+            return tokens
+        prefix = tokens.new_zeros(len(inputs), self.config.prefix_tokens, self.config.dim)
+        index = inputs.new_zeros(len(inputs), dtype=torch.int32) if puzzle is None else puzzle
+        prefix = torch.cat([self.puzzle(index)[:, None], prefix[:, 1:]], dim=1)
+        return torch.cat([prefix, tokens], dim=1)
+
+    def embed_answer(self, target: UInt8[Tensor, "B S"]) -> Float[Tensor, "B L D"]:
+        """e_y, the posterior's view of the target; zero on the prefix. Raises `ValueError` for a
+        model without guidance."""
+        if self.embed_target is None:
+            raise ValueError("a model with guidance 'none' has no posterior to embed a target for")
+        tokens = self.embed_target(target.int()) * math.sqrt(self.config.dim)
+        return torch.nn.functional.pad(tokens, (0, 0, self.config.prefix_tokens, 0))
+
+    def prior(self, u: Float[Tensor, "B L D"]) -> Gaussian | None:
+        """p(eps | u); None without guidance."""
+        return None if self.prior_head is None else self.prior_head(u)
+
+    def posterior(
+        self, u: Float[Tensor, "B L D"], e_y: Float[Tensor, "B L D"]
+    ) -> Gaussian | None:
+        """q(eps | u, y); None without guidance."""
+        if self.posterior_head is None:
+            return None
+        joint = torch.cat([u, e_y.to(u.dtype)], dim=-1) if self.config.posterior == "concat" else u + e_y
+        gaussian: Gaussian = self.posterior_head(joint)
+        return gaussian
+
+    def prior_transition(
+        self,
+        state: State,
+        e_x: Float[Tensor, "B L D"],
+        noise: Float[Tensor, "B L D"] | None,
+    ) -> State:
+        """One whole transition as at inference: h = u + eps with eps ~ p(. | u)."""
+        proposal: State = self.recursion(state, e_x)
+        prior = self.prior(proposal.h)
+        if prior is None:
+            return proposal
+        if noise is None:
+            raise ValueError("a model with guidance needs noise for its transitions")
+        return State(proposal.h + prior.sample(noise), proposal.l)
+
+    def decode(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B S V"]:
+        """Token logits of the content positions."""
+        out: Tensor = self.decoder(h[:, self.config.prefix_tokens :]).float()
+        return out
+
+    def wants_halt(self, q: Float[Tensor, "B 2"]) -> Bool[Tensor, " B"]:
+        """The halting rule of A.1: sigmoid(q_halt) > 0.5, or with Q-learning q_halt > q_continue."""
+        return q[:, 0] > (0.0 if self.config.halting == "halt_only" else q[:, 1])
+
+    @staticmethod
+    def feature(h: Float[Tensor, "B L D"]) -> Float[Tensor, "B D"]:
+        """What the halt and value heads see: the first position of h, cut from the graph."""
+        return h[:, 0].detach().float()

@@ -1,0 +1,49 @@
+"""What reads the high-level state h: the token decoder and the halt and value heads (Table 4).
+
+The halt head (A.1) and the value head, the paper's latent process reward model (A.2), see one
+vector, the first position of h, and never send a gradient into it.
+
+Shapes: B batch, D width, V vocabulary.
+"""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gram_core.model.layers import SwiGLU, linear
+
+HALT_BIAS = -5.0  # HRM and TRM: a fresh head says "go on"
+
+
+def token_decoder(kind: Literal["linear", "swiglu"], dim: int, ffn: int, vocab: int) -> nn.Module:
+    """h -> token logits. Table 4 says a linear map, the prose of B.1 a SwiGLU; both are here."""
+    return linear(dim, vocab) if kind == "linear" else SwiGLU(dim, ffn, vocab)
+
+
+class HaltHead(nn.Module):
+    """Logits (q_halt, q_continue) from the first position of h; weights start at zero."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(dim, 2)
+        nn.init.zeros_(self.map.weight)
+        nn.init.constant_(self.map.bias, HALT_BIAS)
+
+    def forward(self, feature: Float[Tensor, "... D"]) -> Float[Tensor, "... 2"]:
+        out: Tensor = self.map(feature.detach()).float()
+        return out
+
+
+class ValueHead(nn.Module):
+    """The value v(z) in [0, 1] territory: the expected accuracy of the trajectory's answer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(dim, 1)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+
+    def forward(self, feature: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        out: Tensor = self.map(feature.detach()).float().squeeze(-1)
+        return out

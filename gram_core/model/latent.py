@@ -1,0 +1,103 @@
+"""The stochastic guidance: diagonal Gaussians, their heads and their divergences (paper, 2.1-2.2).
+
+A transition ends with h = u + eps. The prior proposes eps from u alone, the posterior from u and
+the target. `Gaussian` is the value that both heads return; it knows when it is degenerate, which
+is how the ablations `stochastic_only` (mean zero) and `guide_only` (no noise) are expressed.
+
+Shapes: B batch, L positions (prefix included), D width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gram_core.model.layers import SwiGLU
+
+Guidance = Literal["full", "stochastic_only", "guide_only", "none"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal Gaussian over the guidance eps; `std` None means a point mass at `mean`."""
+
+    mean: Float[Tensor, "B L D"]
+    std: Float[Tensor, "B L D"] | None
+
+    def sample(self, noise: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """mean + std * noise: differentiable in both parameters."""
+        return self.mean if self.std is None else self.mean + self.std * noise
+
+    def detach(self) -> "Gaussian":
+        """The same distribution with gradients stopped."""
+        return Gaussian(self.mean.detach(), None if self.std is None else self.std.detach())
+
+
+def kl(q: Gaussian, p: Gaussian) -> Float[Tensor, "B L"]:
+    """KL(q || p) in nats, summed over D, per position.
+
+    Two point masses have no finite divergence; for them this returns that of unit-variance
+    Gaussians at the same means, half the squared distance, which is what the ablation
+    `guide_only` trains its prior with.
+    """
+    distance = (q.mean.float() - p.mean.float()).square()
+    if q.std is None or p.std is None:
+        return 0.5 * distance.sum(-1)
+    q_std, p_std = q.std.float(), p.std.float()
+    terms = 0.5 * (q_std.square() + distance) / p_std.square() - 0.5 + p_std.log() - q_std.log()
+    return terms.sum(-1)
+
+
+def balanced_kl(q: Gaussian, p: Gaussian, balance: float) -> Float[Tensor, "B L"]:
+    """balance * KL(sg(q) || p) + (1 - balance) * KL(q || sg(p)) (B.2, after DreamerV2).
+
+    Equal in value to `kl(q, p)`; only the gradients are weighted. At 0.8 the prior moves
+    towards the posterior four times as strongly as the other way round.
+    """
+    return balance * kl(q.detach(), p) + (1.0 - balance) * kl(q, p.detach())
+
+
+class GaussianHead(nn.Module):
+    """One SwiGLU for the mean, one for the standard deviation (Table 4).
+
+    At initialisation the mean is zero and the deviation `sigma_init` everywhere, so that a fresh
+    model is the deterministic one with a little noise. `guidance` decides which of the two exist.
+    """
+
+    def __init__(
+        self,
+        fan_in: int,
+        dim: int,
+        hidden: int,
+        *,
+        guidance: Guidance,
+        sigma: Literal["softplus", "exp"],
+        sigma_init: float,
+        sigma_floor: float,
+    ) -> None:
+        super().__init__()
+        self.sigma = sigma
+        self.floor = sigma_floor
+        excess = sigma_init - sigma_floor
+        self.offset = math.log(math.expm1(excess)) if sigma == "softplus" else math.log(excess)
+        self.mean = SwiGLU(fan_in, hidden, dim) if guidance in ("full", "guide_only") else None
+        self.raw_std = (
+            SwiGLU(fan_in, hidden, dim) if guidance in ("full", "stochastic_only") else None
+        )
+        for part in (self.mean, self.raw_std):
+            if part is not None:
+                nn.init.zeros_(part.down.weight)
+
+    def forward(self, x: Float[Tensor, "B L I"]) -> Gaussian:
+        std = None
+        if self.raw_std is not None:
+            raw = self.raw_std(x).float() + self.offset
+            std = self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
+        if self.mean is not None:
+            return Gaussian(self.mean(x), std)
+        assert std is not None, "a head without mean and deviation is guidance 'none'"
+        return Gaussian(torch.zeros_like(std), std)

@@ -1,0 +1,158 @@
+"""The training loop: one supervision step of all slots and one optimiser step an iteration.
+
+It is given an engine, slots and a place for checkpoints, and knows nothing of Ray, DeepSpeed or
+files' formats; tests drive it with `PlainEngine`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
+from gram_core.model.gram import ModelConfig
+from gram_core.noise import training_noise
+from gram_core.precision import Precision
+from gram_core.tasks.batches import Examples
+from gram_core.train.checkpoint import Checkpoints, Progress
+from gram_core.train.ema import EMA
+from gram_core.train.engine import Engine
+from gram_core.train.objective import Terms
+from gram_core.train.optim import OptimConfig, learning_rate
+from gram_core.train.slots import Reading, Slots
+
+
+class TrainConfig(Config, kw_only=True):
+    """Training. `batch` is the number of slots over all workers; `prior_slots` the share of them
+    that follows the prior throughout. `ema_warmup`, `halting` and `exploration` settle the gaps
+    G20 and G7."""
+
+    steps: PositiveInt = 28_100
+    batch: PositiveInt = 768
+    prior_slots: Fraction = 0.125
+    seed: NonNegativeInt = 0
+    optim: OptimConfig = OptimConfig()
+    ema: Fraction = 0.9999
+    ema_warmup: bool = True
+    halting: bool = False
+    exploration: Fraction = 0.1
+    precision: Precision = "fp32"
+    compile: bool = True
+    log_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 500
+    workers: PositiveInt = 1
+    zero_stage: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        if self.batch % self.workers:
+            raise ValueError(f"batch {self.batch} must be a multiple of workers {self.workers}")
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} must be a multiple of "
+                f"log_every {self.log_every}"
+            )
+        if self.prior_slots == 1:
+            raise ValueError("prior_slots 1 leaves no slot to train on; use a share below 1")
+
+    def prior_rows(self, model: ModelConfig) -> int:
+        """P: slots of one worker that follow the prior throughout."""
+        slots = self.batch // self.workers
+        if model.guidance == "none" or self.prior_slots == 0:
+            return 0
+        return min(slots - 1, max(1, round(self.prior_slots * slots)))
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; one line that says at which iteration and why."""
+
+
+def supervision_steps(model: ModelConfig) -> int:
+    """Supervision steps a trajectory: N_sup, or a single one without deep supervision."""
+    return model.N_sup if model.deep_supervision else 1
+
+
+def transitions(model: ModelConfig) -> int:
+    """Transitions a supervision step: T, or all T * N_sup of the trajectory without deep
+    supervision (one loss, at its end, through the whole of it)."""
+    return model.T if model.deep_supervision else model.T * model.N_sup
+
+
+def make_slots(engine: Engine, examples: Examples, config: TrainConfig) -> Slots:
+    """This worker's slots."""
+    return Slots(
+        engine.model,
+        examples,
+        config.batch // config.workers,
+        supervision_steps(engine.model.config),
+        Reading(config.seed, engine.rank, engine.world),
+        halting=config.halting,
+        exploration=config.exploration,
+    )
+
+
+def train(
+    engine: Engine,
+    slots: Slots,
+    config: TrainConfig,
+    checkpoints: Checkpoints | None,
+    report: Callable[[dict[str, float]], None],
+) -> tuple[EMA, Progress]:
+    """Train from the newest checkpoint, or from the start, to `config.steps` optimiser steps.
+
+    `report` gets one row every `log_every` iterations, and first the rows of before a resumption
+    again: means since the row before it, under the names of `Terms`, with `step` and `lr`.
+    Returns the averaged weights and the history. Raises `TrainingError` where the loss is no
+    longer finite.
+    """
+    model = engine.model
+    ema = EMA(model.parameters(), config.ema, config.ema_warmup)
+    progress = checkpoints.resume(engine, slots, ema) if checkpoints else Progress()
+    for row in progress.history:
+        report(row)
+    shape = (transitions(model.config), len(slots), model.length, model.config.dim)
+    device = model.z0_h.device
+    window = torch.zeros(len(Terms.names), 2, device=device)
+    while progress.iteration < config.steps:
+        slots.refill()
+        noise = training_noise(config.seed, progress.iteration, engine.rank, shape).to(device)
+        result = engine.forward(slots.batch(), noise)
+        rate = learning_rate(config.optim, progress.iteration, config.steps)
+        engine.step(result.loss, rate)
+        ema.update()
+        slots.absorb(result)
+        window += result.terms
+        progress.iteration += 1
+        done = progress.iteration
+        if done % config.log_every == 0 or done == config.steps:
+            row = {"step": done, "lr": rate, **means(engine.total(window))}
+            if not all(map(math.isfinite, row.values())):
+                raise TrainingError(
+                    f"the loss is not finite at iteration {done}: {row}; lower train.optim.lr "
+                    "or raise its warmup"
+                )
+            progress.history.append(row)
+            report(row)
+            window.zero_()
+        if checkpoints and done % config.checkpoint_every == 0 and done < config.steps:
+            checkpoints.save(engine, slots, ema, progress)
+    return ema, progress
+
+
+def means(terms: torch.Tensor) -> dict[str, float]:
+    """The terms that occurred, as means: one read from the device."""
+    sums = terms.cpu().tolist()
+    return {
+        name: total / count
+        for name, (total, count) in zip(Terms.names, sums, strict=True)
+        if count > 0
+    }
+
+
+def final_metrics(history: list[dict[str, float]], last: int = 5) -> Mapping[str, float]:
+    """Means of each term over the last `last` logged rows: what models/RUN/metrics.json holds."""
+    rows = history[-last:]
+    names = [name for name in Terms.names if any(name in row for row in rows)]
+    return {
+        name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows)
+        for name in names
+    }

@@ -1,0 +1,293 @@
+"""The training objective of one supervision step (paper, 2.2, Eq. 14; A.1 and A.2).
+
+`supervise` runs the transitions of one supervision step for a batch of slots and returns the loss
+with everything the loop needs. Every term stays per example until `Terms.mean`, the one reduction.
+
+Reductions: cross-entropy is a mean over the target's tokens; the KL is summed over the latent
+width and over all positions, prefix included, and divided by the number of content positions
+(gap G12). `beta` is meant in these units.
+
+Shapes: B slots, of which the first P follow the prior throughout; S content positions, L all
+positions, D width, T transitions, N supervision steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from gram_core.config import Config, Fraction, NonNegativeFloat
+from gram_core.model.gram import GRAM
+from gram_core.model.latent import Gaussian, balanced_kl, kl
+from gram_core.model.recursion import State
+
+Verifier = Callable[[UInt8[Tensor, "B S"], UInt8[Tensor, "B S"]], Bool[Tensor, " B"]]
+
+
+class ObjectiveConfig(Config, kw_only=True):
+    """The loss. docs/model.md names the gap that each choice settles."""
+
+    beta: NonNegativeFloat = 0.07
+    balance: Fraction = 0.8
+    rollout: Literal["prior", "posterior"] = "prior"
+    kl: Literal["last", "every"] = "last"
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    free_bits: NonNegativeFloat = 0.0
+    cross_entropy: Literal["softmax", "stablemax"] = "softmax"
+    heads_on: Literal["prior", "posterior"] = "prior"
+    halt_target: Literal["exact", "valid"] = "valid"
+    halt_weight: NonNegativeFloat = 0.5
+    value_target: Literal["token", "exact", "valid"] = "valid"
+    value_weight: NonNegativeFloat = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kl == "every" and self.rollout == "prior":
+            raise ValueError(
+                "kl: every charges the uncharged transitions, but with rollout: prior these have "
+                "no divergence; use kl: last, or rollout: posterior"
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The slots at the start of a supervision step."""
+
+    state: State
+    inputs: UInt8[Tensor, "B S"]
+    target: UInt8[Tensor, "B S"]
+    puzzle: Int[Tensor, " B"]
+    step: Int[Tensor, " B"]
+    last: Bool[Tensor, " B"]
+    trace: Float[Tensor, "B N D"]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What one supervision step leaves behind."""
+
+    loss: Float[Tensor, ""]
+    state: State
+    trace: Float[Tensor, "B N D"]
+    halt: Bool[Tensor, " B"]
+    terms: Float[Tensor, "M 2"]
+
+
+class Terms:
+    """Named per-example terms; `mean` is the only place where examples are reduced."""
+
+    names = (
+        "reconstruction",
+        "kl",
+        "token_accuracy",
+        "exact",
+        "prior_reconstruction",
+        "prior_token_accuracy",
+        "prior_exact",
+        "prior_valid",
+        "halt_loss",
+        "halt_accuracy",
+        "value_loss",
+    )
+
+    def __init__(self, like: Tensor) -> None:
+        self._zero = like.new_zeros(2, dtype=torch.float32)
+        self._sums = {name: self._zero for name in self.names}
+
+    def mean(
+        self, name: str, term: Float[Tensor, " B"], where: Bool[Tensor, " B"] | None = None
+    ) -> Float[Tensor, ""]:
+        """The mean of a per-example term over the examples in `where` (0 if there are none),
+        which it also records under `name`."""
+        assert term.dim() == 1, f"{name} must still be one number an example, got {term.shape}"
+        weight = torch.ones_like(term) if where is None else where.to(term.dtype)
+        total, count = (term * weight).sum(), weight.sum()
+        self._sums[name] = torch.stack([total, count]).detach().float()
+        return total / count.clamp(min=1.0)
+
+    def stacked(self) -> Float[Tensor, "M 2"]:
+        """Sums and counts of all terms, in the order of `names`: one tensor to reduce and read."""
+        return torch.stack([self._sums[name] for name in self.names])
+
+
+def token_cross_entropy(
+    logits: Float[Tensor, "B S V"], target: UInt8[Tensor, "B S"], kind: str
+) -> Float[Tensor, " B"]:
+    """-log p(y | .) in nats a token, the mean over the target's tokens other than 0 (padding).
+
+    `stablemax` replaces exp(x) by x + 1 above zero and 1 / (1 - x) below, as in TRM and HRM; it
+    is a likelihood too, of another normalisation.
+    """
+    labels = target.long()
+    if kind == "softmax":
+        log_p = torch.log_softmax(logits, dim=-1)
+    else:
+        score = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))
+        log_p = score.log() - score.sum(-1, keepdim=True).log()
+    nll = -log_p.gather(-1, labels[..., None]).squeeze(-1)
+    scored = (labels != 0).to(nll.dtype)
+    return (nll * scored).sum(-1) / scored.sum(-1).clamp(min=1.0)
+
+
+def token_accuracy(
+    prediction: UInt8[Tensor, "B S"], target: UInt8[Tensor, "B S"]
+) -> Float[Tensor, " B"]:
+    """Share of the target's tokens, padding left out, that are right."""
+    scored = (target != 0).float()
+    right = (prediction == target).float() * scored
+    return right.sum(-1) / scored.sum(-1).clamp(min=1.0)
+
+
+def _join(p: Gaussian, q: Gaussian, noise: Tensor, prior_rows: int) -> Tensor:
+    """eps: from the prior in the first rows, from the posterior in the others."""
+    q_eps = q.sample(noise[prior_rows:])
+    if prior_rows == 0:
+        return q_eps
+    first = Gaussian(p.mean[:prior_rows], None if p.std is None else p.std[:prior_rows])
+    return torch.cat([first.sample(noise[:prior_rows]), q_eps])
+
+
+def _rows(p: Gaussian, start: int) -> Gaussian:
+    return Gaussian(p.mean[start:], None if p.std is None else p.std[start:])
+
+
+def _position_kl(model: GRAM, config: ObjectiveConfig, q: Gaussian, p: Gaussian) -> Tensor:
+    """The charged divergence per example, in the units of `beta`."""
+    per_position = balanced_kl(q, p, config.balance)
+    if config.kl_reduction == "mean":
+        per_position = per_position / model.config.dim
+    return per_position.clamp(min=config.free_bits).sum(-1) / model.shape.length
+
+
+def _transitions(
+    model: GRAM,
+    config: ObjectiveConfig,
+    batch: Batch,
+    noise: Float[Tensor, "T B L D"],
+    prior_rows: int,
+) -> tuple[State, Tensor, Tensor]:
+    """All transitions of the supervision step: the final state, the charged KL and the plain KL
+    of the posterior's rows (both per example)."""
+    shape = model.config
+    count = len(noise)
+    # Gradients reach the last transition only; without deep supervision, the whole trajectory.
+    window = 1 if shape.deep_supervision else count
+    e_x = model.embed(batch.inputs, batch.puzzle)
+    stochastic = shape.guidance != "none"
+    e_y = model.embed_answer(batch.target)[prior_rows:] if stochastic else e_x
+    state = batch.state
+    charged = plain = e_x.new_zeros(len(batch.inputs) - prior_rows, dtype=torch.float32)
+    for t in range(count):
+        final = t == count - 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and t >= count - window):
+            if not stochastic or (config.rollout == "prior" and not final):
+                state = model.prior_transition(state, e_x, noise[t])
+                continue
+            proposal: State = model.recursion(state, e_x)
+        u = proposal.h
+        p = model.prior(u)
+        q = model.posterior(u[prior_rows:], e_y)
+        assert p is not None and q is not None
+        state = State(u + _join(p, q, noise[t], prior_rows), proposal.l)
+        if final or config.kl == "every":
+            paired = _rows(p, prior_rows)
+            charged = charged + _position_kl(model, config, q, paired)
+            with torch.no_grad():
+                plain = plain + kl(q, paired).sum(-1) / model.shape.length
+        if t < count - window:
+            state = state.detach()
+    return state, charged, plain
+
+
+def _head_losses(
+    model: GRAM,
+    config: ObjectiveConfig,
+    terms: Terms,
+    batch: Batch,
+    rows: slice,
+    trace: Tensor,
+    quality: dict[str, Tensor],
+    ends: Tensor,
+) -> Tensor:
+    """Halt and value losses on the rows that the heads learn from. They see detached features."""
+    step, size = batch.step[rows], trace.shape[1]
+    q_trace = model.halt(trace)
+    q_now = q_trace.gather(1, step.long()[:, None, None].expand(-1, 1, 2))[:, 0]
+    right = quality[config.halt_target]
+    halt = F.binary_cross_entropy_with_logits(q_now[:, 0], right, reduction="none")
+    guess = ((q_now[:, 0] >= 0) == (right > 0.5)).float()
+    loss = config.halt_weight * terms.mean("halt_loss", halt)
+    terms.mean("halt_accuracy", guess)
+
+    steps = torch.arange(size, device=trace.device)
+    seen = (steps <= step[:, None]).float()
+    r = quality[config.value_target]
+    value = ((model.value(trace) - r[:, None]).square() * seen).sum(1) / seen.sum(1)
+    loss = loss + config.value_weight * terms.mean("value_loss", value, ends)
+    if model.config.halting == "q_learning" and size > 1:
+        # q_continue(s) learns max(q_halt, q_continue) of step s + 1, known once the slot ends.
+        best_next = torch.sigmoid(q_trace[:, 1:].detach()).amax(-1)
+        has_next = (steps[:-1] < step[:, None]).float()
+        bce = F.binary_cross_entropy_with_logits(q_trace[:, :-1, 1], best_next, reduction="none")
+        per_example = (bce * has_next).sum(1) / has_next.sum(1).clamp(min=1.0)
+        count = ends.float()
+        loss = loss + config.halt_weight * (per_example * count).sum() / count.sum().clamp(min=1.0)
+    return loss
+
+
+def supervise(
+    model: GRAM,
+    config: ObjectiveConfig,
+    verify: Verifier,
+    batch: Batch,
+    noise: Float[Tensor, "T B L D"],
+    prior_rows: int,
+) -> Supervision:
+    """One supervision step of all slots: Eq. 14 for the rows that follow the posterior, and the
+    halt and value losses for the rows that `heads_on` names.
+
+    The first `prior_rows` slots follow the prior in every transition, as at inference; they send
+    nothing into the recursion. Without guidance every slot is both kinds at once.
+    """
+    twin = model.config.guidance == "none"
+    charged_rows = slice(None) if twin else slice(prior_rows, None)
+    state, charged, plain = _transitions(model, config, batch, noise, prior_rows)
+    logits = model.decode(state.h)
+    terms = Terms(logits)
+    nll = token_cross_entropy(logits, batch.target, config.cross_entropy)
+    loss = terms.mean("reconstruction", nll[charged_rows])
+    if not twin:
+        terms.mean("kl", plain)
+        loss = loss + config.beta * (charged.sum() / len(charged))
+
+    with torch.no_grad():
+        prediction = logits.argmax(-1).to(torch.uint8)
+        quality = {
+            "token": token_accuracy(prediction, batch.target),
+            "exact": (prediction == batch.target).logical_or(batch.target == 0).all(-1).float(),
+            "valid": verify(batch.inputs, prediction).float(),
+        }
+        feature = model.feature(state.h)
+        here = torch.arange(batch.trace.shape[1], device=feature.device) == batch.step[:, None]
+        trace = torch.where(here[..., None], feature[:, None], batch.trace)
+        wants = model.wants_halt(model.halt(feature))
+        terms.mean("token_accuracy", quality["token"][charged_rows], batch.last[charged_rows])
+        terms.mean("exact", quality["exact"][charged_rows], batch.last[charged_rows])
+        prior = slice(None) if twin else slice(0, prior_rows)
+        if twin or prior_rows:
+            ended = batch.last[prior]
+            terms.mean("prior_reconstruction", nll[prior].detach(), ended)
+            terms.mean("prior_token_accuracy", quality["token"][prior], ended)
+            terms.mean("prior_exact", quality["exact"][prior], ended)
+            terms.mean("prior_valid", quality["valid"][prior], ended)
+
+    taught = prior if config.heads_on == "prior" else charged_rows
+    if twin or config.heads_on == "posterior" or prior_rows:
+        rows_quality = {name: value[taught] for name, value in quality.items()}
+        loss = loss + _head_losses(
+            model, config, terms, batch, taught, trace[taught], rows_quality, batch.last[taught]
+        )
+    return Supervision(loss, state.detach(), trace, wants, terms.stacked())
