@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from gram_core.errors import GramError
+
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -18,12 +20,12 @@ NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(GramError):
     """A setting that cannot be used; the message names the key and what would be right."""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every config class. Subclasses add `kw_only=True` and reject contradictions in
+    """Base of every config class. Subclasses add `frozen=True, kw_only=True` and reject contradictions in
     `__post_init__` by raising `ValueError`."""
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gram_core.errors import GramError
+
 VERSION = "1"
 
 
-class TableError(ValueError):
+class TableError(GramError):
     """A file that is missing, damaged or not the table it should be; one line, naming the file."""
 
 
@@ -81,9 +83,7 @@ def puzzles_schema() -> pa.Schema:
     )
 
 
-def write(
-    path: Path, table: pa.Table, schema: pa.Schema, provenance: Mapping[str, Any]
-) -> None:
+def write(path: Path, table: pa.Table, schema: pa.Schema, provenance: Mapping[str, Any]) -> None:
     """Write `table` to `path` whole or not at all; `provenance` (run, revision, params) goes into
     the metadata as JSON. Raises `TableError` where the columns do not fit the schema."""
     try:

@@ -19,7 +19,7 @@ import polars as pl
 from gram_core.config import Config, NonNegativeInt, PositiveInt
 
 
-class EvaluateConfig(Config, kw_only=True):
+class EvaluateConfig(Config, frozen=True, kw_only=True):
     """Which widths to report, and the bootstrap of the intervals."""
 
     widths: tuple[PositiveInt, ...] = (1, 5, 10, 20)
@@ -96,9 +96,7 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def ratio(
-    numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int
-) -> Estimate:
+def ratio(numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int) -> Estimate:
     """sum(numerator) / sum(denominator) over puzzles, with its interval."""
     count = len(numerator)
     value = float(numerator.sum() / denominator.sum())
@@ -148,7 +146,11 @@ def summarise(
     if (solutions > 0).all():
         several = (solutions > 1).astype(float)
         ideal = 1 - (1 - 1 / solutions) ** width
-        for suffix, share in (("", found / solutions), ("_ideal", ideal), ("_deterministic", 1 / solutions)):
+        for suffix, share in (
+            ("", found / solutions),
+            ("_ideal", ideal),
+            ("_deterministic", 1 / solutions),
+        ):
             out[f"coverage{suffix}"] = estimate(share, one)
             out[f"coverage_pairs{suffix}"] = estimate(share * solutions, solutions)
             if several.any():

@@ -22,7 +22,7 @@ from gram_core.model.layers import Stack, lecun_normal_
 from gram_core.model.recursion import Recursion, State
 
 
-class ModelConfig(Config, kw_only=True):
+class ModelConfig(Config, frozen=True, kw_only=True):
     """The architecture. Defaults are the paper's (Table 4, B.1); where it is silent or says two
     things, docs/model.md gives the gap's number and the choice."""
 
@@ -169,13 +169,15 @@ class GRAM(nn.Module):
         """p(eps | u); None without guidance."""
         return None if self.prior_head is None else self.prior_head(u)
 
-    def posterior(
-        self, u: Float[Tensor, "B L D"], e_y: Float[Tensor, "B L D"]
-    ) -> Gaussian | None:
+    def posterior(self, u: Float[Tensor, "B L D"], e_y: Float[Tensor, "B L D"]) -> Gaussian | None:
         """q(eps | u, y); None without guidance."""
         if self.posterior_head is None:
             return None
-        joint = torch.cat([u, e_y.to(u.dtype)], dim=-1) if self.config.posterior == "concat" else u + e_y
+        joint = (
+            torch.cat([u, e_y.to(u.dtype)], dim=-1)
+            if self.config.posterior == "concat"
+            else u + e_y
+        )
         gaussian: Gaussian = self.posterior_head(joint)
         return gaussian
 

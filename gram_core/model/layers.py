@@ -57,9 +57,7 @@ def rope_table(length: int, channels: int, base: float) -> Float[Tensor, "2 L C"
     return torch.stack([cos, sin]).float()
 
 
-def rotate(
-    x: Float[Tensor, "B H L C"], table: Float[Tensor, "2 L C"]
-) -> Float[Tensor, "B H L C"]:
+def rotate(x: Float[Tensor, "B H L C"], table: Float[Tensor, "2 L C"]) -> Float[Tensor, "B H L C"]:
     """Rotary embedding of queries or keys (half-split convention)."""
     table = table.to(x.dtype)
     return x * table[0] + x.roll(x.shape[-1] // 2, dims=-1) * table[1]
@@ -161,9 +159,7 @@ class Stack(nn.Module):
                 return SequenceMixer(length, ffn)
             return Attention(dim, heads, length, rope_base)
 
-        self.blocks = nn.ModuleList(
-            Block(mixing(), SwiGLU(dim, ffn, dim)) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(Block(mixing(), SwiGLU(dim, ffn, dim)) for _ in range(layers))
 
     def forward(
         self, a: Float[Tensor, "B L D"], b: Float[Tensor, "B L D"]

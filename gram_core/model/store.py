@@ -17,12 +17,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from gram_core.config import ConfigError, dump, load
+from gram_core.errors import GramError
 from gram_core.model.gram import GRAM, ModelConfig, TokenShape
 
 VERSION = 1
 
 
-class ModelError(ValueError):
+class ModelError(GramError):
     """A saved model that is missing, damaged or of another version; one line, naming the file."""
 
 

@@ -25,7 +25,7 @@ from gram_core.noise import batch_noise, trajectory_key
 from gram_core.precision import Precision, autocast
 
 
-class SampleConfig(Config, kw_only=True):
+class SampleConfig(Config, frozen=True, kw_only=True):
     """How trajectories are drawn. `depth` is the one that metrics.json reports, `depths` others
     that the same rollout answers for; `temperature` scales the prior's noise (gap G18)."""
 
@@ -86,9 +86,7 @@ class _Live:
         puzzle = torch.from_numpy(jobs // self.width)
         e_x = self.model.embed(self.inputs[puzzle].to(self.e_x.device))
         zero = self.model.initial_state(len(jobs))
-        self.state = State(
-            torch.cat([self.state.h, zero.h]), torch.cat([self.state.l, zero.l])
-        )
+        self.state = State(torch.cat([self.state.h, zero.h]), torch.cat([self.state.l, zero.l]))
         self.e_x = torch.cat([self.e_x, e_x.to(self.e_x.dtype)])
         self.job = np.concatenate([self.job, jobs])
         self.step = np.concatenate([self.step, np.zeros(len(jobs), dtype=np.int64)])
@@ -129,10 +127,14 @@ def rollout(
         value=np.zeros((len(depths), jobs), dtype=np.float32),
         prediction=np.zeros((len(depths), jobs, size), dtype=np.uint8),
     )
-    keys = [
-        trajectory_key(config.seed, puzzles.ids[job // width], first_trajectory + job % width)
-        for job in range(jobs)
-    ] if model.config.stochastic else []
+    keys = (
+        [
+            trajectory_key(config.seed, puzzles.ids[job // width], first_trajectory + job % width)
+            for job in range(jobs)
+        ]
+        if model.config.stochastic
+        else []
+    )
     live, queued = _Live(model, puzzles.inputs, width), 0
     while queued < jobs or len(live):
         if queued < jobs and (config.compaction or not len(live)):

@@ -15,9 +15,10 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from gram_core.config import Config
+from gram_core.errors import GramError
 
 
-class TaskError(ValueError):
+class TaskError(GramError):
     """A puzzle or a task setting that cannot be used; one line that says what would be right."""
 
 

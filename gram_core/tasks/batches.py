@@ -7,7 +7,6 @@ with nothing else to remember, and N workers read disjoint rows of the same orde
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 

@@ -27,7 +27,7 @@ EMPTY, QUEEN = 1, 2
 DIGITS = "0123456789abcde"
 
 
-class SplitConfig(Config, kw_only=True):
+class SplitConfig(Config, frozen=True, kw_only=True):
     """How inputs are held out: each input by itself as in the paper, or whole symmetry orbits."""
 
     by: Literal["input", "orbit"] = "input"
@@ -35,7 +35,7 @@ class SplitConfig(Config, kw_only=True):
     seed: NonNegativeInt = 0
 
 
-class NQueensConfig(Config, kw_only=True, tag="nqueens", tag_field="kind"):
+class NQueensConfig(Config, frozen=True, kw_only=True, tag="nqueens", tag_field="kind"):
     """Board size, the numbers of queens to remove, the split, and augmentation."""
 
     # Boards above 15 have millions of solutions; enumerating their completions is out of reach.
@@ -147,9 +147,7 @@ def attack_lines(n: int) -> np.ndarray:
     """Rows, columns and both diagonals as a 0/1 matrix float32 [S, lines]."""
     row, column = np.divmod(np.arange(n * n), n)
     groups = (row, column, row + column, row - column + n - 1)
-    return np.concatenate(
-        [(g[:, None] == np.unique(g)).astype(np.float32) for g in groups], axis=1
-    )
+    return np.concatenate([(g[:, None] == np.unique(g)).astype(np.float32) for g in groups], axis=1)
 
 
 class NQueens:
@@ -202,9 +200,7 @@ class NQueens:
             "test_single_solution_inputs": int((counts[held_out] == 1).sum()),
             "max_solutions": int(counts.max()),
         }
-        return Split(
-            self._table(columns, ~test_rows), self._table(columns, test_rows), metadata
-        )
+        return Split(self._table(columns, ~test_rows), self._table(columns, test_rows), metadata)
 
     def _hold_out(self, keys: np.ndarray, orbits: np.ndarray) -> np.ndarray:
         """Which inputs are test inputs, bool [inputs]."""
@@ -246,9 +242,13 @@ class NQueens:
         partial = to_placement(tokens_numpy(train["inputs"]), n)
         full = to_placement(tokens_numpy(train["target"]), n)
         test_keys = np.unique(board_key(to_placement(tokens_numpy(test["inputs"]), n)))
-        tables, seen = [train], {
-            pair for pair in zip(board_key(partial).tolist(), board_key(full).tolist(), strict=True)
-        }
+        tables, seen = (
+            [train],
+            {
+                pair
+                for pair in zip(board_key(partial).tolist(), board_key(full).tolist(), strict=True)
+            },
+        )
         dropped_test = dropped_double = 0
         images = zip(symmetries(partial), symmetries(full), strict=True)
         for number, (image, answer) in list(enumerate(images))[1:]:

@@ -12,12 +12,12 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gram_core.errors import GramError
 from gram_core.train.ema import EMA
 from gram_core.train.engine import Engine
 from gram_core.train.slots import Slots
@@ -25,7 +25,7 @@ from gram_core.train.slots import Slots
 VERSION = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(GramError):
     """A checkpoint that cannot be used; one line, naming the folder."""
 
 

@@ -41,9 +41,7 @@ class Supervised(nn.Module):
 
     def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
         with autocast(self.precision, noise.device):
-            return supervise(
-                self.model, self.objective, self.verify, batch, noise, self.prior_rows
-            )
+            return supervise(self.model, self.objective, self.verify, batch, noise, self.prior_rows)
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
+from gram_core.errors import GramError
 from gram_core.model.gram import ModelConfig
 from gram_core.noise import training_noise
 from gram_core.precision import Precision
@@ -22,7 +23,7 @@ from gram_core.train.optim import OptimConfig, learning_rate
 from gram_core.train.slots import Reading, Slots
 
 
-class TrainConfig(Config, kw_only=True):
+class TrainConfig(Config, frozen=True, kw_only=True):
     """Training. `batch` is the number of slots over all workers; `prior_slots` the share of them
     that follows the prior throughout. `ema_warmup`, `halting` and `exploration` settle the gaps
     G20 and G7."""
@@ -62,7 +63,7 @@ class TrainConfig(Config, kw_only=True):
         return min(slots - 1, max(1, round(self.prior_slots * slots)))
 
 
-class TrainingError(RuntimeError):
+class TrainingError(GramError):
     """Training cannot go on; one line that says at which iteration and why."""
 
 

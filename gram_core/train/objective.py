@@ -28,7 +28,7 @@ from gram_core.model.recursion import State
 Verifier = Callable[[UInt8[Tensor, "B S"], UInt8[Tensor, "B S"]], Bool[Tensor, " B"]]
 
 
-class ObjectiveConfig(Config, kw_only=True):
+class ObjectiveConfig(Config, frozen=True, kw_only=True):
     """The loss. docs/model.md names the gap that each choice settles."""
 
     beta: NonNegativeFloat = 0.07
@@ -95,7 +95,7 @@ class Terms:
 
     def __init__(self, like: Tensor) -> None:
         self._zero = like.new_zeros(2, dtype=torch.float32)
-        self._sums = {name: self._zero for name in self.names}
+        self._sums = dict.fromkeys(self.names, self._zero)
 
     def mean(
         self, name: str, term: Float[Tensor, " B"], where: Bool[Tensor, " B"] | None = None

@@ -9,7 +9,7 @@ from torch import nn
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
-class OptimConfig(Config, kw_only=True):
+class OptimConfig(Config, frozen=True, kw_only=True):
     """AdamW. Betas and warm-up are HRM's and TRM's; the paper gives neither."""
 
     lr: PositiveFloat = 1e-4
@@ -27,7 +27,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Weight decay on matrices only (embeddings, biases and heads' vectors are left alone), or on
     everything with `decay_all`."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
         (decayed if matrix or config.decay_all else free).append(parameter)

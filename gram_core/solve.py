@@ -1,0 +1,90 @@
+"""Three lines from a trained run to the answers of a puzzle.
+
+    from gram_core.solve import Solver
+    solver = Solver.load("models/gram")
+    answers = solver.solve("Q.......|........|........|...Q....|" + "|".join(["........"] * 4))
+
+Needs torch and a model folder; knows nothing of pipelines.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from gram_core.model.gram import GRAM
+from gram_core.model.store import ModelError, load_model
+from gram_core.sample.trajectory import Puzzles, SampleConfig, rollout
+from gram_core.tasks.base import Task
+from gram_core.tasks.registry import make_task
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One distinct answer of the trajectories."""
+
+    tokens: np.ndarray
+    verified: bool
+    count: int
+    value: float
+    text: str
+
+
+class Solver:
+    """A trained model with its task."""
+
+    def __init__(self, model: GRAM, task: Task, sample: SampleConfig) -> None:
+        self.model = model
+        self.task = task
+        self.sample = sample
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | None = None) -> "Solver":
+        """The model, task and sampling settings of a run's folder, e.g. `models/gram`.
+
+        Raises `ModelError` for a missing or damaged model.
+        """
+        path = Path(folder)
+        model, about = load_model(path, device)
+        if "task" not in about or "sample" not in about:
+            raise ModelError(f"{path / 'config.json'}: names no task and sampling settings")
+        task = make_task(about["task"], f"{path / 'config.json'}: task")
+        return cls(model, task, msgspec.convert(about["sample"], SampleConfig))
+
+    def solve(self, puzzle: str, width: int = 20, **settings: Any) -> list[Answer]:
+        """The distinct answers of `width` trajectories: verified ones first, then by the number
+        of trajectories that agree, then by value. `settings` override the run's sampling
+        (`depth`, `seed`, `halting`, ...). Raises `TaskError` for a malformed puzzle."""
+        tokens = self.task.parse(puzzle)
+        inputs = torch.from_numpy(tokens)[None]
+        changes = {"depths": (), "width": width, **settings}
+        config = msgspec.structs.replace(self.sample, **changes)
+        result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs), config)
+        predictions = torch.from_numpy(result.prediction[0])
+        valid = self.task.verify(inputs.expand(len(predictions), -1), predictions).numpy()
+        rows = {row.tobytes(): i for i, row in reversed(list(enumerate(result.prediction[0])))}
+        counts = Counter(row.tobytes() for row in result.prediction[0])
+        answers = [
+            Answer(
+                tokens=result.prediction[0, i],
+                verified=bool(valid[i]),
+                count=counts[key],
+                value=max(
+                    float(v)
+                    for v, row in zip(result.value[0], result.prediction[0], strict=True)
+                    if row.tobytes() == key
+                ),
+                text=self.task.render(result.prediction[0, i]),
+            )
+            for key, i in rows.items()
+        ]
+        return sorted(answers, key=lambda a: (not a.verified, -a.count, -a.value))
+
+
+def puzzle_name(tokens: np.ndarray) -> str:
+    """The identifier that keys the noise of a puzzle that comes from no table."""
+    return bytes(tokens).hex()

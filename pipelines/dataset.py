@@ -1,0 +1,94 @@
+"""The data stages: generate a task's raw tables, augment them, and read them back.
+
+Knows where the tables of a task lie; what is in them is the task's.
+"""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import torch
+
+from gram_core import tables
+from gram_core.config import dump
+from gram_core.errors import GramError
+from gram_core.model.store import write_atomic
+from gram_core.sample.trajectory import Puzzles
+from gram_core.tables import TableError
+from gram_core.tasks.base import Split, Task
+from gram_core.tasks.batches import Examples
+from pipelines.provenance import provenance
+
+DATA = Path("data")
+
+
+def generate(name: str, task: Task) -> None:
+    """data/NAME/raw/{train,test}.parquet and metadata.json."""
+    split = task.generate()
+    folder = DATA / name / "raw"
+    _write(folder, split, task)
+    metadata = json.dumps(split.metadata, indent=2) + "\n"
+    write_atomic(folder / "metadata.json", metadata.encode())
+
+
+def augment(name: str, task: Task) -> dict[str, int]:
+    """data/NAME/{train,test}.parquet from the raw tables; the task's counts of what it did."""
+    raw = DATA / name / "raw"
+    split = task.augment(read(raw / "train.parquet", task), read(raw / "test.parquet", task))
+    _write(DATA / name, split, task)
+    return split.metadata
+
+
+def _write(folder: Path, split: Split, task: Task) -> None:
+    schema = tables.dataset_schema(task.length, task.length)
+    about = {"task": dump(task.config), **provenance()}
+    for part in ("train", "test"):
+        tables.write(folder / f"{part}.parquet", getattr(split, part), schema, about)
+
+
+def read(path: Path, task: Task) -> pa.Table:
+    """A dataset table of `task`. Raises `TableError` where tokens do not fit the task."""
+    table = tables.read(path, "dataset")
+    for column in ("inputs", "target"):
+        tokens = tables.tokens_numpy(table[column])
+        if tokens.shape[1] != task.length:
+            raise TableError(
+                f"{path}: {column} has {tokens.shape[1]} tokens a row, the task {task.length}"
+            )
+        if int(tokens.max()) >= task.vocab:
+            row = int(tokens.max(axis=1).argmax())
+            raise TableError(
+                f"{path}: {column} of row {row} has token {int(tokens.max())}, the task's "
+                f"vocabulary is 0..{task.vocab - 1}"
+            )
+    return table
+
+
+def training_examples(name: str, task: Task) -> Examples:
+    """The training table as tensors."""
+    table = read(DATA / name / "train.parquet", task)
+    inputs = torch.from_numpy(tables.tokens_numpy(table["inputs"]).copy())
+    target = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
+    return Examples(inputs, target, torch.zeros(len(table), dtype=torch.int32))
+
+
+def test_puzzles(name: str, task: Task) -> tuple[Puzzles, dict[str, set[bytes]]]:
+    """The unique test inputs in the table's order, and the known targets of each."""
+    table = read(DATA / name / "test.parquet", task)
+    inputs, target = (tables.tokens_numpy(table[c]) for c in ("inputs", "target"))
+    first: dict[str, int] = {}
+    targets: dict[str, set[bytes]] = {}
+    for row, puzzle_id in enumerate(table["puzzle_id"].to_pylist()):
+        first.setdefault(puzzle_id, row)
+        targets.setdefault(puzzle_id, set()).add(target[row].tobytes())
+    return Puzzles(list(first), torch.from_numpy(inputs[list(first.values())].copy())), targets
+
+
+def solution_counts(name: str, task: Task) -> pl.LazyFrame:
+    """`puzzle_id` and `solution_count` of the test inputs."""
+    table = read(DATA / name / "test.parquet", task)
+    frame = pl.from_arrow(table.select(["puzzle_id", "solution_count"]))
+    if not isinstance(frame, pl.DataFrame):
+        raise GramError(f"test table of {name}: not a table")
+    return frame.unique(maintain_order=True).lazy()

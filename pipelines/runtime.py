@@ -1,0 +1,69 @@
+"""The process around a command: allocator and threads, errors as one line, provenance, Ray.
+
+Imports nothing heavy at the top, because `entry` may start Python again with the settings that
+must be there before torch is: on a virtual machine the allocator decides the speed (docs).
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+# glibc gives every large tensor back to the kernel and pays page faults for the next one. These
+# keep freed memory in the process (trim never, mmap never) and grow it in large pieces.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def environment() -> dict[str, str]:
+    """What every process of a run, workers included, has in its environment."""
+    return {**ALLOCATOR, **QUIET, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+
+
+def entry(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Run `main(arguments)` as a program: with `environment()` from the start, and with an error
+    that a user can mend printed as one line, exit code 1."""
+    missing = {k: v for k, v in environment().items() if k not in os.environ}
+    if missing and sys.platform == "linux":
+        os.environ.update(missing)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+    from gram_core.errors import GramError
+
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except GramError as error:
+        sys.exit(fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", code=130))
+
+
+def fail(message: str, code: int = 1) -> int:
+    """Print one line to standard error and return the exit code."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def say(message: str) -> None:
+    """One log line for a person."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def threads() -> int:
+    """CPU threads that this machine gives us."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name() -> str:
+    """ "cuda" where a GPU can be used, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
