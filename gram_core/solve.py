@@ -7,7 +7,6 @@
 Needs torch and a model folder; knows nothing of pipelines.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,23 +63,20 @@ class Solver:
         changes = {"depths": (), "width": width, **settings}
         config = msgspec.structs.replace(self.sample, **changes)
         result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs), config)
-        predictions = torch.from_numpy(result.prediction[0])
-        valid = self.task.verify(inputs.expand(len(predictions), -1), predictions).numpy()
-        rows = {row.tobytes(): i for i, row in reversed(list(enumerate(result.prediction[0])))}
-        counts = Counter(row.tobytes() for row in result.prediction[0])
+        predictions = result.prediction[0]
+        valid = self.task.verify(inputs.expand(width, -1), torch.from_numpy(predictions))
+        groups: dict[bytes, list[int]] = {}
+        for row, prediction in enumerate(predictions):
+            groups.setdefault(prediction.tobytes(), []).append(row)
         answers = [
             Answer(
-                tokens=result.prediction[0, i],
-                verified=bool(valid[i]),
-                count=counts[key],
-                value=max(
-                    float(v)
-                    for v, row in zip(result.value[0], result.prediction[0], strict=True)
-                    if row.tobytes() == key
-                ),
-                text=self.task.render(result.prediction[0, i]),
+                tokens=predictions[rows[0]],
+                verified=bool(valid[rows[0]]),
+                count=len(rows),
+                value=float(result.value[0, rows].max()),
+                text=self.task.render(predictions[rows[0]]),
             )
-            for key, i in rows.items()
+            for rows in groups.values()
         ]
         return sorted(answers, key=lambda a: (not a.verified, -a.count, -a.value))
 

@@ -5,7 +5,6 @@ what made the file. It knows no task and no model.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def write(path: Path, table: pa.Table, schema: pa.Schema, provenance: Mapping[st
     partial = path.with_name(f".{path.name}.partial")
     try:
         pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -146,11 +146,8 @@ def summarise(
     if (solutions > 0).all():
         several = (solutions > 1).astype(float)
         ideal = 1 - (1 - 1 / solutions) ** width
-        for suffix, share in (
-            ("", found / solutions),
-            ("_ideal", ideal),
-            ("_deterministic", 1 / solutions),
-        ):
+        shares = {"": found / solutions, "_ideal": ideal, "_deterministic": 1 / solutions}
+        for suffix, share in shares.items():
             out[f"coverage{suffix}"] = estimate(share, one)
             out[f"coverage_pairs{suffix}"] = estimate(share * solutions, solutions)
             if several.any():

@@ -149,7 +149,7 @@ class GRAM(nn.Module):
 
         The prefix is the puzzle's learned vector followed by zeros (paper, B.1 and C.2.1).
         """
-        tokens = self.embed_input(inputs.int()) * math.sqrt(self.config.dim)
+        tokens: Tensor = self.embed_input(inputs.int()) * math.sqrt(self.config.dim)
         if self.puzzle is None:
             return tokens
         prefix = tokens.new_zeros(len(inputs), self.config.prefix_tokens, self.config.dim)
@@ -173,11 +173,8 @@ class GRAM(nn.Module):
         """q(eps | u, y); None without guidance."""
         if self.posterior_head is None:
             return None
-        joint = (
-            torch.cat([u, e_y.to(u.dtype)], dim=-1)
-            if self.config.posterior == "concat"
-            else u + e_y
-        )
+        concat = self.config.posterior == "concat"
+        joint = torch.cat([u, e_y.to(u.dtype)], dim=-1) if concat else u + e_y
         gaussian: Gaussian = self.posterior_head(joint)
         return gaussian
 
@@ -202,7 +199,7 @@ class GRAM(nn.Module):
         return out
 
     def wants_halt(self, q: Float[Tensor, "B 2"]) -> Bool[Tensor, " B"]:
-        """The halting rule of A.1: sigmoid(q_halt) > 0.5, or with Q-learning q_halt > q_continue."""
+        """The halting rule of A.1: sigmoid(q_halt) > 0.5; with Q-learning, q_halt > q_continue."""
         return q[:, 0] > (0.0 if self.config.halting == "halt_only" else q[:, 1])
 
     @staticmethod

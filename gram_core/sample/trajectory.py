@@ -166,7 +166,7 @@ def _supervision_step(
     shape = (model.config.T, model.length, model.config.dim)
     noise: Tensor | None = None
     if keys:
-        noise = batch_noise([keys[job] for job in live.job], live.step.tolist(), shape)
+        noise = batch_noise([keys[job] for job in live.job.tolist()], live.step.tolist(), shape)
         noise = noise.to(live.e_x.device) * config.temperature
     state = live.state
     with autocast(config.precision, live.e_x.device):

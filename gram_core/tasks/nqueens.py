@@ -242,13 +242,8 @@ class NQueens:
         partial = to_placement(tokens_numpy(train["inputs"]), n)
         full = to_placement(tokens_numpy(train["target"]), n)
         test_keys = np.unique(board_key(to_placement(tokens_numpy(test["inputs"]), n)))
-        tables, seen = (
-            [train],
-            {
-                pair
-                for pair in zip(board_key(partial).tolist(), board_key(full).tolist(), strict=True)
-            },
-        )
+        tables = [train]
+        seen = set(zip(board_key(partial).tolist(), board_key(full).tolist(), strict=True))
         dropped_test = dropped_double = 0
         images = zip(symmetries(partial), symmetries(full), strict=True)
         for number, (image, answer) in list(enumerate(images))[1:]:

@@ -63,7 +63,7 @@ class Checkpoints:
                 self._write_common(partial, engine, ema, progress)
             engine.barrier()
             if engine.rank == 0:
-                os.rename(partial, final)
+                partial.rename(final)
                 for old in self._all()[:-1]:
                     shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
