@@ -25,8 +25,8 @@ class ConfigError(GramError):
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every config class. Subclasses add `frozen=True, kw_only=True` and reject contradictions in
-    `__post_init__` by raising `ValueError`."""
+    """Base of every config class. Subclasses add `frozen=True, kw_only=True` and reject
+    contradictions in `__post_init__` by raising `ValueError`."""
 
 
 C = TypeVar("C", bound=Config)
@@ -56,5 +56,5 @@ def load(cls: type[C], mapping: Mapping[str, Any], where: str) -> C:
 
 def dump(config: Config) -> dict[str, Any]:
     """The mapping that `load` turns into an equal config; JSON-compatible."""
-    plain: dict[str, Any] = msgspec.to_builtins(config)
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
     return plain

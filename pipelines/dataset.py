@@ -23,13 +23,14 @@ from pipelines.provenance import provenance
 DATA = Path("data")
 
 
-def generate(name: str, task: Task) -> None:
-    """data/NAME/raw/{train,test}.parquet and metadata.json."""
+def generate(name: str, task: Task) -> dict[str, int]:
+    """data/NAME/raw/{train,test}.parquet and metadata.json; the counts in the latter."""
     split = task.generate()
     folder = DATA / name / "raw"
     _write(folder, split, task)
     metadata = json.dumps(split.metadata, indent=2) + "\n"
     write_atomic(folder / "metadata.json", metadata.encode())
+    return split.metadata
 
 
 def augment(name: str, task: Task) -> dict[str, int]:
@@ -73,7 +74,7 @@ def training_examples(name: str, task: Task) -> Examples:
     return Examples(inputs, target, torch.zeros(len(table), dtype=torch.int32))
 
 
-def test_puzzles(name: str, task: Task) -> tuple[Puzzles, dict[str, set[bytes]]]:
+def held_out(name: str, task: Task) -> tuple[Puzzles, dict[str, set[bytes]]]:
     """The unique test inputs in the table's order, and the known targets of each."""
     table = read(DATA / name / "test.parquet", task)
     inputs, target = (tables.tokens_numpy(table[c]) for c in ("inputs", "target"))

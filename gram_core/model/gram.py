@@ -45,6 +45,7 @@ class ModelConfig(Config, frozen=True, kw_only=True):
     prefix_tokens: NonNegativeInt = 16
     z0: Literal["per_position", "broadcast"] = "per_position"
     halting: Literal["halt_only", "q_learning"] = "halt_only"
+    head_input: Literal["first", "mean"] = "first"
     rope_base: PositiveFloat = 10000.0
 
     def __post_init__(self) -> None:
@@ -202,7 +203,8 @@ class GRAM(nn.Module):
         """The halting rule of A.1: sigmoid(q_halt) > 0.5; with Q-learning, q_halt > q_continue."""
         return q[:, 0] > (0.0 if self.config.halting == "halt_only" else q[:, 1])
 
-    @staticmethod
-    def feature(h: Float[Tensor, "B L D"]) -> Float[Tensor, "B D"]:
-        """What the halt and value heads see: the first position of h, cut from the graph."""
-        return h[:, 0].detach().float()
+    def feature(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B D"]:
+        """What the halt and value heads see, cut from the graph: the first position of h
+        (Table 4), or the mean over positions."""
+        seen = h[:, 0] if self.config.head_input == "first" else h.mean(1)
+        return seen.detach().float()

@@ -1,7 +1,7 @@
 """What reads the high-level state h: the token decoder and the halt and value heads (Table 4).
 
 The halt head (A.1) and the value head, the paper's latent process reward model (A.2), see one
-vector, the first position of h, and never send a gradient into it.
+vector of h, `GRAM.feature`, and never send a gradient into it.
 
 Shapes: B batch, D width, V vocabulary.
 """
@@ -22,7 +22,7 @@ def token_decoder(kind: Literal["linear", "swiglu"], dim: int, ffn: int, vocab: 
 
 
 class HaltHead(nn.Module):
-    """Logits (q_halt, q_continue) from the first position of h; weights start at zero."""
+    """Logits (q_halt, q_continue) of a feature of h; weights start at zero."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class HaltHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """The value v(z) in [0, 1] territory: the expected accuracy of the trajectory's answer."""
+    """The value v(z) of a feature of h: the expected accuracy of the trajectory's answer."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -27,7 +27,8 @@ from gram_core.precision import Precision, autocast
 
 class SampleConfig(Config, frozen=True, kw_only=True):
     """How trajectories are drawn. `depth` is the one that metrics.json reports, `depths` others
-    that the same rollout answers for; `temperature` scales the prior's noise (gap G18)."""
+    that the same rollout answers for; `temperature` scales the prior's noise (gap G18). `workers`
+    are Ray's; 0 samples in the calling process."""
 
     seed: NonNegativeInt = 0
     width: PositiveInt = 20
@@ -38,7 +39,7 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     compaction: bool = True
     temperature: NonNegativeFloat = 1.0
     precision: Precision = "fp32"
-    workers: PositiveInt = 1
+    workers: NonNegativeInt = 1
 
     @property
     def all_depths(self) -> tuple[int, ...]:

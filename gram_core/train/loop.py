@@ -6,7 +6,9 @@ files' formats; tests drive it with `PlainEngine`.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 
 from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
@@ -41,6 +43,7 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     compile: bool = True
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt = 500
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
     workers: PositiveInt = 1
     zero_stage: NonNegativeInt = 0
 
@@ -52,6 +55,8 @@ class TrainConfig(Config, frozen=True, kw_only=True):
                 f"checkpoint_every {self.checkpoint_every} must be a multiple of "
                 f"log_every {self.log_every}"
             )
+        if self.engine == "plain" and self.workers > 1:
+            raise ValueError("engine: plain is one process; use workers: 1, or engine: deepspeed")
         if self.prior_slots == 1:
             raise ValueError("prior_slots 1 leaves no slot to train on; use a share below 1")
 

@@ -15,11 +15,13 @@ import pyarrow as pa
 
 from gram_core import tables
 from gram_core.config import ConfigError, load
+from gram_core.errors import GramError
 from gram_core.evaluate.metrics import EvaluateConfig
 from gram_core.sample.trajectory import SampleConfig
+from gram_core.train.loop import TrainConfig
 
 
-class ReportError(ValueError):
+class ReportError(GramError):
     """The report cannot be built; one line that names the file or setting at fault."""
 
 
@@ -46,7 +48,7 @@ class RunInputs:
     name: str
     task: str
     model: Mapping[str, Any]
-    train: Mapping[str, Any]
+    train: TrainConfig
     training: Mapping[str, float]
     history: pl.DataFrame
     metrics: Mapping[str, float]
@@ -88,6 +90,7 @@ def read_run(root: Path, name: str, settings: Mapping[str, Any]) -> RunInputs:
     where = f"runs.{name}"
     try:
         sample = load(SampleConfig, settings.get("sample", {}), f"{where}.sample")
+        train = load(TrainConfig, settings.get("train", {}), f"{where}.train")
         evaluate = load(EvaluateConfig, settings.get("evaluate", {}), f"{where}.evaluate")
     except ConfigError as error:
         raise ReportError(str(error)) from None
@@ -97,14 +100,14 @@ def read_run(root: Path, name: str, settings: Mapping[str, Any]) -> RunInputs:
         name=name,
         task=str(settings.get("task", "")),
         model=config["model"],
-        train=settings.get("train", {}),
+        train=train,
         training=_json(models / "metrics.json", f"train@{name}"),
         history=_history(models / "history.csv", f"train@{name}"),
         metrics=_json(results / "metrics.json", f"evaluate@{name}"),
         metrics_path=results / "metrics.json",
         puzzles=_frame(_table(results / "puzzles.parquet", "puzzles")),
         trajectories=_frame(trajectories),
-        revision=str(made.get("revision") or made.get("git_revision") or ""),
+        revision=str(made.get("revision", "")),
         depth=sample.depth,
         evaluate=evaluate,
     )
@@ -117,14 +120,13 @@ def read_run(root: Path, name: str, settings: Mapping[str, Any]) -> RunInputs:
 
 
 def read_task(root: Path, name: str, settings: Mapping[str, Any]) -> TaskInputs:
-    """The test set of the task `name`. Where `settings` is empty, they are taken from what the
-    test table or metadata.json says made it."""
+    """The test set of the task `name`. Where `settings` is empty, they are what the test
+    table says made it."""
     folder = root / "data" / name
     test = _table(folder / "test.parquet", "dataset")
     metadata = _json(folder / "raw" / "metadata.json", f"generate@{name}")
     made = tables.provenance(test)
-    recorded = (settings, metadata.get("task"), made.get("task"), made.get("params"), made)
-    found = [entry for entry in recorded if isinstance(entry, Mapping) and "kind" in entry]
+    recorded = settings or made.get("task")
     puzzles = pl.DataFrame(
         {
             "puzzle_id": test["puzzle_id"].to_pylist(),
@@ -132,7 +134,8 @@ def read_task(root: Path, name: str, settings: Mapping[str, Any]) -> TaskInputs:
         },
         schema={"puzzle_id": pl.String, "solution_count": pl.UInt32},
     )
-    return TaskInputs(name, found[0] if found else {}, metadata, test, puzzles.unique().sort("*"))
+    known = recorded if isinstance(recorded, Mapping) else {}
+    return TaskInputs(name, known, metadata, test, puzzles.unique().sort("puzzle_id"))
 
 
 def _json(path: Path, stage: str) -> dict[str, Any]:

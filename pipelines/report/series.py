@@ -4,7 +4,7 @@ Everything about metrics comes from `gram_core.evaluate.metrics`; nothing here k
 colours or HTML.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 
@@ -18,7 +18,7 @@ INTERVAL = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
 
 def results(runs: Sequence[RunInputs]) -> pl.DataFrame:
     """Every number of each run's metrics.json: run, metric (as there), value, low, high."""
-    records = []
+    records: list[tuple[str, str, float, float | None, float | None]] = []
     for run in runs:
         for key in run.metrics:
             if f"{key}_low" in run.metrics:
@@ -72,19 +72,20 @@ def scaling(runs: Sequence[RunInputs], over: str) -> pl.DataFrame:
 
 
 def by_solutions(runs: Sequence[RunInputs]) -> pl.DataFrame:
-    """run, width, solution_count, puzzles, metric, value, low, high and `ideal`, what a uniform
-    sampler of the true solutions expects at this width."""
+    """run, width, solution_count, puzzles, metric, value, low, high, and what an `ideal` uniform
+    sampler of the true solutions and a perfect `deterministic` solver get at this width."""
     frames = []
     for run in runs:
         frame = by_solution_count(run.puzzles, run.width, run.depth, run.evaluate)
         count = pl.col("solution_count").cast(pl.Float64)
-        sampler = 1 - (1 - 1 / count) ** run.width
+        bounds = {"ideal": 1 - (1 - 1 / count) ** run.width, "deterministic": 1 / count}
+        covers = pl.col("metric") == "coverage"
         frames.append(
             frame.filter(count > 0).select(
                 pl.lit(run.name).alias("run"),
                 pl.lit(run.width).alias("width"),
                 pl.all(),
-                pl.when(pl.col("metric") == "coverage").then(sampler).otherwise(1.0).alias("ideal"),
+                *(pl.when(covers).then(e).otherwise(1.0).alias(n) for n, e in bounds.items()),
             )
         )
     return pl.concat(frames)
@@ -117,10 +118,8 @@ def halting(runs: Sequence[RunInputs]) -> pl.DataFrame:
 
 def split_facts(task: TaskInputs) -> dict[str, object]:
     """The split and its counts, where they were recorded."""
-    split = task.settings.get("split")
-    by = split.get("by", "input") if isinstance(split, dict) else None
-    if by is None and task.kind:
-        by = "input"
+    split = task.settings.get("split", {})
+    by = split.get("by", "input") if isinstance(split, Mapping) and task.kind else None
     return {
         "by": by,
         "test_inputs": task.metadata.get("test_inputs", len(task.puzzles)),

@@ -1,0 +1,219 @@
+"""The train stage: the core's loop on workers of Ray Train around DeepSpeed, or in this process.
+
+A worker is a plain function of one dict. Progress comes back through a board, the trained weights
+as the function's value; the driver alone writes models/RUN.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import polars as pl
+import torch
+from dvclive import Live
+from tqdm import tqdm
+
+from gram_core.config import dump
+from gram_core.errors import GramError
+from gram_core.model.gram import GRAM, TokenShape
+from gram_core.model.store import save_model, write_atomic
+from gram_core.tasks.batches import Examples
+from gram_core.train.checkpoint import Checkpoints
+from gram_core.train.engine import Engine, PlainEngine, Supervised, compiled
+from gram_core.train.loop import final_metrics, make_slots, train
+from gram_core.train.objective import Terms
+from pipelines.dataset import training_examples
+from pipelines.params import Run
+from pipelines.provenance import provenance
+from pipelines.runtime import device_name, say, threads
+
+MODELS = Path("models")
+WORK = Path(".gram")
+Report = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training hands back: averaged weights, and the logged rows."""
+
+    weights: dict[str, torch.Tensor]
+    history: list[dict[str, float]]
+
+
+def build_module(run: Run, device: str) -> Supervised:
+    """A fresh model with its objective, seeded by the run, compiled if the run asks for it."""
+    torch.manual_seed(run.train.seed)
+    task = run.task
+    model = GRAM(run.model, TokenShape(task.length, task.vocab, task.puzzles)).to(device)
+    module = Supervised(
+        model,
+        run.objective,
+        task.verify,
+        prior_rows=run.train.prior_rows(run.model),
+        precision=run.train.precision,
+    )
+    return compiled(module, say) if run.train.compile else module
+
+
+def work(
+    engine: Engine, run: Run, examples: Examples, checkpoints: Checkpoints, report: Report
+) -> Trained:
+    """Train on this worker; every worker returns the same averaged weights."""
+    slots = make_slots(engine, examples, run.train)
+    ema, progress = train(engine, slots, run.train, checkpoints, report)
+    ema.copy_to(engine.model.parameters())
+    weights = {name: t.detach().cpu() for name, t in engine.model.state_dict().items()}
+    return Trained(weights, progress.history)
+
+
+def fingerprint(run: Run, examples: Examples) -> str:
+    """Identifies all that the result of training depends on, but for code and machine."""
+    digest = hashlib.sha256()
+    for part in (run.model, run.objective, run.train, run.task.config):
+        digest.update(json.dumps(dump(part), sort_keys=True).encode())
+    for tensor in (examples.inputs, examples.target, examples.puzzle):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_here(run: Run, examples: Examples, folder: Path, report: Report) -> Trained:
+    """Train in this process with torch alone."""
+    torch.set_num_threads(threads())
+    engine = PlainEngine(build_module(run, device_name()), run.train.optim)
+    checkpoints = Checkpoints(folder, fingerprint(run, examples))
+    return work(engine, run, examples, checkpoints, report)
+
+
+def ray_worker(config: dict[str, Any]) -> Trained:
+    """What each worker of Ray Train runs."""
+    from pipelines.engine import DeepSpeedEngine
+    import faulthandler; faulthandler.dump_traceback_later(15, file=open("/tmp/hang.txt","w"))
+
+    run: Run = config["run"]
+    torch.set_num_threads(config["threads"])
+    engine = DeepSpeedEngine(build_module(run, device_name()), run.train)
+    checkpoints = Checkpoints(config["folder"], fingerprint(run, config["examples"]))
+    report: Report = config["board"].post if engine.rank == 0 else lambda row: None
+    return work(engine, run, config["examples"], checkpoints, report)
+
+
+def train_on_ray(run: Run, examples: Examples, folder: Path, report: Report) -> Trained:
+    """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine."""
+    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.cluster import Board, cluster
+
+    workers = run.train.workers
+    per_worker = max(1, threads() // workers)
+    on_gpu = device_name() == "cuda"
+    with cluster():
+        board = Board()
+        trainer = TorchTrainer(
+            ray_worker,
+            train_loop_config={
+                "run": run,
+                "examples": examples,
+                "folder": folder.absolute(),
+                "board": board,
+                "threads": per_worker,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=on_gpu,
+                resources_per_worker={"CPU": per_worker, **({"GPU": 1} if on_gpu else {})},
+            ),
+            run_config=RunConfig(name=run.name, storage_path=str((WORK / "ray").absolute())),
+        )
+        try:
+            with board.listening(report):
+                result = trainer.fit()
+        except WorkerGroupError as error:
+            first = next(iter(error.worker_failures.values()))
+            if isinstance(first, GramError):
+                raise first from None
+            raise
+    trained: Trained = result.return_value
+    return trained
+
+
+class Progress:
+    """Shows logged rows as they come: a bar with rate and time left, and DVCLive's files."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.bar = tqdm(total=run.train.steps, desc=f"train {run.name}", unit="step")
+        self.live = Live(
+            str(folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, row: dict[str, float]) -> None:
+        self.bar.update(int(row["step"]) - self.bar.n)
+        shown = {k: row[k] for k in ("reconstruction", "kl", "prior_valid") if k in row}
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+        self.live.step = int(row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self.live.log_metric(name, value, timestamp=False)
+        self.live.make_summary()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+
+
+def train_run(run: Run) -> dict[str, float]:
+    """Train the run and write models/RUN; goes on from the run's newest checkpoint if a former
+    attempt was cut off. Returns the final metrics."""
+    examples = training_examples(run.task_name, run.task)
+    folder = WORK / "checkpoints" / run.name
+    start = time.monotonic()
+    how = train_here if run.train.engine == "plain" else train_on_ray
+    with Progress(run, MODELS / run.name / "live") as progress:
+        trained = how(run, examples, folder, progress)
+    seconds = time.monotonic() - start
+    found = _write(run, trained, seconds)
+    Checkpoints(folder, "").clear()
+    return found
+
+
+def _write(run: Run, trained: Trained, seconds: float) -> dict[str, float]:
+    task = run.task
+    model = GRAM(run.model, TokenShape(task.length, task.vocab, task.puzzles))
+    model.load_state_dict(trained.weights)
+    folder = MODELS / run.name
+    columns = ["step", "lr", *Terms.names]
+    history = pl.DataFrame(
+        [[row.get(name) for name in columns] for row in trained.history],
+        schema={name: pl.Float64 for name in columns},
+        orient="row",
+    )
+    found = {
+        **final_metrics(trained.history),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": run.train.steps,
+        "train_seconds": round(seconds, 1),
+    }
+    write_atomic(folder / "history.csv", history.write_csv().encode())
+    write_atomic(folder / "metrics.json", (json.dumps(found, indent=2) + "\n").encode())
+    about = {
+        "run": run.name,
+        "task": dump(task.config),
+        "sample": dump(run.sample),
+        "objective": dump(run.objective),
+        "train": dump(run.train),
+        "provenance": provenance(),
+    }
+    save_model(folder, model, about)
+    return found

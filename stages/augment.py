@@ -1,0 +1,18 @@
+"""Stage augment@TASK: `python -m stages.augment TASK`."""
+
+from collections.abc import Sequence
+
+from pipelines.runtime import entry, say
+
+
+def main(arguments: Sequence[str]) -> None:
+    from pipelines.dataset import augment
+    from pipelines.params import load_task
+
+    (name,) = arguments
+    counts = augment(name, load_task(name))
+    say(f"augment {name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,17 @@
+"""Stage sample@RUN: `python -m stages.sample RUN`."""
+
+from collections.abc import Sequence
+
+from pipelines.runtime import entry, say
+
+
+def main(arguments: Sequence[str]) -> None:
+    from pipelines.params import load_run
+    from pipelines.sample import sample_run
+
+    (name,) = arguments
+    say(f"sample {name}: {sample_run(load_run(name))} rows")
+
+
+if __name__ == "__main__":
+    entry(main)

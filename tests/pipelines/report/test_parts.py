@@ -1,0 +1,85 @@
+"""The parts of the report by themselves: choice of puzzles, boards, paper's rows, small words."""
+
+import numpy as np
+import polars as pl
+
+from gram_core.tasks.nqueens import QUEEN
+from pipelines.report import boards, paper
+from pipelines.report.gallery import choose
+from pipelines.report.results import Cell, duration
+
+
+def puzzles(counts: list[int]) -> pl.DataFrame:
+    names = [f"p{number:03}" for number in range(len(counts))]
+    return pl.DataFrame({"puzzle_id": names, "solution_count": counts})
+
+
+def chosen_counts(counts: list[int], wanted: int) -> list[int]:
+    table = puzzles(counts)
+    picked = choose(table, wanted)
+    assert len(set(picked)) == len(picked)
+    lookup = dict(table.iter_rows())
+    return [lookup[name] for name in picked]
+
+
+def test_choice_spreads_over_solution_counts() -> None:
+    counts = [1] * 50 + [2] * 40 + [3] * 20 + [4] * 9 + [5, 6, 7, 8, 9, 18]
+    assert chosen_counts(counts, 6) == [2, 4, 5, 7, 8, 18]
+    assert chosen_counts([1, 1, 2, 2, 2, 4, 4], 4) == [2, 2, 4, 4]
+
+
+def test_choice_with_few_puzzles() -> None:
+    assert chosen_counts([1, 1, 3], 6) == [3]
+    assert chosen_counts([1, 1], 6) == [1, 1], "without several solutions, any"
+    assert chosen_counts([2, 2, 2, 2, 5], 4) == [2, 2, 2, 5]
+
+
+def test_choice_does_not_depend_on_the_rows_order() -> None:
+    table = puzzles([2, 3] * 20)
+    assert choose(table, 6) == choose(table.reverse(), 6)
+
+
+def test_attacking_pairs_are_neighbours_on_a_line() -> None:
+    assert boards.attacking_pairs([(0, 0), (1, 2), (2, 4)]) == []
+    assert boards.attacking_pairs([(0, 0), (0, 2), (0, 4)]) == [((0, 0), (0, 2)), ((0, 2), (0, 4))]
+    assert boards.attacking_pairs([(3, 0), (0, 3)]) == [((0, 3), (3, 0))]
+
+
+def test_board_marks_attacks_and_dropped_givens() -> None:
+    given = np.ones(16, dtype=np.uint8)
+    given[1] = QUEEN
+    answer = np.ones(16, dtype=np.uint8)
+    answer[[0, 5]] = QUEEN
+    svg = boards.nqueens(given, answer, 'a "label"')
+    assert svg.count('class="placed attacked"') == 2
+    assert svg.count('class="dropped"') == 1 and svg.count('class="attack"') == 1
+    assert "a &#34;label&#34;" in svg
+    assert boards.nqueens(given, None, "input").count('class="given"') == 1
+
+
+def test_unknown_tasks_are_drawn_as_text() -> None:
+    tokens = np.array([1, 2, 1], dtype=np.uint8)
+    drawn = boards.renderer({})(tokens, None, "x")
+    assert drawn == '<pre class="board" role="img" aria-label="x">1 2 1</pre>'
+
+
+def test_tasks_without_a_drawing_use_their_own_text() -> None:
+    own = boards.RENDERERS.pop("nqueens")
+    try:
+        board = np.ones(16, dtype=np.uint8)
+        text = boards.renderer({"kind": "nqueens", "size": 4, "remove": [1]})(board, board, "x")
+    finally:
+        boards.RENDERERS["nqueens"] = own
+    assert "....\n....\n....\n...." in text
+
+
+def test_paper_rows() -> None:
+    rows = {row.method: row for row in paper.published("nqueens", 8)}
+    assert rows["GRAM"].accuracy == (99.7, 0.3) and rows["GRAM"].coverage == (90.3, 1.9)
+    assert paper.published("nqueens", 6) == () == paper.published("", None)
+
+
+def test_words() -> None:
+    assert Cell(0.1234, 0.1, 0.2).text == "12.3" and Cell(0.1, 0.1, 0.2).interval == "10.0 – 20.0"
+    assert Cell().text == "–" and Cell(1.0).interval == ""
+    assert [duration(s) for s in (59, 600, 9000, None)] == ["59 s", "10.0 min", "2.5 h", "–"]
