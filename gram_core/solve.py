@@ -17,8 +17,9 @@ import torch
 
 from gram_core.model.gram import GRAM
 from gram_core.model.store import ModelError, load_model
-from gram_core.sample.trajectory import Puzzles, SampleConfig, rollout
+from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.base import Task
+from gram_core.tasks.batches import Puzzles
 from gram_core.tasks.registry import make_task
 
 
@@ -42,17 +43,23 @@ class Solver:
         self.sample = sample
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | None = None) -> "Solver":
-        """The model, task and sampling settings of a run's folder, e.g. `models/gram`.
+    def load(
+        cls,
+        folder: str | Path,
+        sample: SampleConfig | None = None,
+        device: torch.device | None = None,
+    ) -> "Solver":
+        """The model and task of a run's folder, e.g. `models/gram`; by default it samples to the
+        depth that it was trained to.
 
         Raises `ModelError` for a missing or damaged model.
         """
         path = Path(folder)
         model, about = load_model(path, device)
-        if "task" not in about or "sample" not in about:
-            raise ModelError(f"{path / 'config.json'}: names no task and sampling settings")
+        if "task" not in about:
+            raise ModelError(f"{path / 'config.json'}: names no task")
         task = make_task(about["task"], f"{path / 'config.json'}: task")
-        return cls(model, task, msgspec.convert(about["sample"], SampleConfig))
+        return cls(model, task, sample or SampleConfig(depth=model.config.N_sup))
 
     def solve(self, puzzle: str, width: int = 20, **settings: Any) -> list[Answer]:
         """The distinct answers of `width` trajectories: verified ones first, then by the number

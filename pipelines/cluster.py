@@ -42,8 +42,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-@ray.remote(num_cpus=0)
-class _Board:
+class _Messages:
     """Messages of the workers, in the order they came."""
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class Board:
     inside `listening`, each message is handed to its function in a thread of the driver."""
 
     def __init__(self) -> None:
-        self.actor = _Board.remote()
+        self.actor = ray.remote(num_cpus=0)(_Messages).remote()
 
     def post(self, message: Any) -> None:
         """Send from a worker; arrives once."""

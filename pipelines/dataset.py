@@ -13,14 +13,12 @@ import torch
 from gram_core import tables
 from gram_core.config import dump
 from gram_core.errors import GramError
-from gram_core.model.store import write_atomic
-from gram_core.sample.trajectory import Puzzles
+from gram_core.files import write_atomic
 from gram_core.tables import TableError
 from gram_core.tasks.base import Split, Task
-from gram_core.tasks.batches import Examples
+from gram_core.tasks.batches import Examples, Puzzles
+from pipelines.params import DATA
 from pipelines.provenance import provenance
-
-DATA = Path("data")
 
 
 def generate(name: str, task: Task) -> dict[str, int]:

@@ -6,6 +6,7 @@ Expects a process group (Ray Train makes it). Knows nothing of Ray.
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,5 +78,5 @@ class _SafeCheckpoints:
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
 
-    def load(self, path: str, map_location: object = None) -> object:
+    def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,45 +1,43 @@
-"""params.yaml as checked objects: tasks and runs by name.
+"""params.yaml as checked objects: tasks and runs by name; and where their artifacts lie.
 
-Reads the file once per process and checks only the section that is asked for, so that a mistake in
-one run does not stop another. Knows the file's layout; each section's keys belong to the config
-class beside its component.
+Checks only the entry that is asked for, so that a mistake in one run does not stop another. Knows
+the file's layout; each section's keys belong to the config class beside its component.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from gram_core.config import ConfigError, load
-from gram_core.evaluate.metrics import EvaluateConfig
-from gram_core.model.gram import ModelConfig
-from gram_core.sample.trajectory import SampleConfig
+from gram_core.config import Config, ConfigError, load
 from gram_core.tasks.base import Task
 from gram_core.tasks.registry import make_task
-from gram_core.train.loop import TrainConfig
-from gram_core.train.objective import ObjectiveConfig
 
 FILE = Path("params.yaml")
+DATA, MODELS, RESULTS = Path("data"), Path("models"), Path("results")
+C = TypeVar("C", bound=Config)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RUN_KEYS = ("task", "model", "objective", "train", "sample", "evaluate")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One entry of `runs`, every section checked."""
+    """One entry of `runs`. Each stage checks the sections that it uses, so that a stage depends
+    on no code of a later one."""
 
     name: str
     task_name: str
     task: Task
-    model: ModelConfig
-    objective: ObjectiveConfig
-    train: TrainConfig
-    sample: SampleConfig
-    evaluate: EvaluateConfig
+    entry: Mapping[str, Any]
+    where: str
+
+    def section(self, key: str, cls: type[C]) -> C:
+        """The section `key` as its config class. Raises `ConfigError`."""
+        return load(cls, self.entry.get(key, {}), f"{self.where}.{key}")
 
 
 def read_params(path: Path = FILE) -> dict[str, Any]:
@@ -79,8 +77,7 @@ def load_task(name: str, path: Path = FILE) -> Task:
 
 
 def load_run(name: str, path: Path = FILE) -> Run:
-    """The run `name`, its sections checked by themselves and against each other. Raises
-    `ConfigError`."""
+    """The run `name`, its task checked. Raises `ConfigError`."""
     params = read_params(path)
     entry = _entry(params, "runs", name, path)
     where = f"{path}: runs.{name}"
@@ -94,39 +91,7 @@ def load_run(name: str, path: Path = FILE) -> Run:
         known = ", ".join(params["tasks"])
         raise ConfigError(f"{where}.task: no task {task_name!r} in 'tasks'; there are: {known}")
 
-    def section(key: str) -> Mapping[str, Any]:
-        value: Mapping[str, Any] = entry.get(key, {})
-        return value
-
-    run = Run(
-        name=name,
-        task_name=task_name,
-        task=_task(params, task_name, path),
-        model=load(ModelConfig, section("model"), f"{where}.model"),
-        objective=load(ObjectiveConfig, section("objective"), f"{where}.objective"),
-        train=load(TrainConfig, section("train"), f"{where}.train"),
-        sample=load(SampleConfig, section("sample"), f"{where}.sample"),
-        evaluate=load(EvaluateConfig, section("evaluate"), f"{where}.evaluate"),
-    )
-    _check_together(run, where)
-    return run
-
-
-def _check_together(run: Run, where: str) -> None:
-    """Contradictions between sections."""
-    widest = max(run.evaluate.widths)
-    if widest > run.sample.width:
-        raise ConfigError(
-            f"{where}.evaluate.widths: {widest} is above sample.width {run.sample.width}; "
-            "draw that many trajectories or report fewer"
-        )
-    learns = run.objective.halt_weight > 0 or run.objective.value_weight > 0
-    guided = run.model.guidance != "none"
-    if guided and learns and run.objective.heads_on == "prior" and not run.train.prior_slots:
-        raise ConfigError(
-            f"{where}.train.prior_slots: 0 leaves the halt and value heads nothing to learn from; "
-            "use a share above 0, or objective.heads_on: posterior"
-        )
+    return Run(name, task_name, _task(params, task_name, path), entry, where)
 
 
 def _task(params: Mapping[str, Any], name: str, path: Path) -> Task:

@@ -15,18 +15,19 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
+# OpenMP's threads spin while they wait; beside any other busy process that made a training step
+# up to 25 times slower here (docs/performance.md). Asleep they cost a few percent.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
 def environment() -> dict[str, str]:
     """What every process of a run, workers included, has in its environment."""
-    return {**ALLOCATOR, **QUIET, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+    return {**ALLOCATOR, **PATIENT, **QUIET}
 
 
 def entry(main: Callable[[Sequence[str]], int | None]) -> None:

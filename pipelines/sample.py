@@ -6,7 +6,6 @@ worker takes them does not show in the table.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,15 @@ from tqdm import tqdm
 from gram_core import tables
 from gram_core.config import dump
 from gram_core.errors import GramError
-from gram_core.model.gram import GRAM
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import ModelError, load_model
-from gram_core.sample.trajectory import Puzzles, SampleConfig, rollout
+from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.base import Task
+from gram_core.tasks.batches import Puzzles
 from pipelines.dataset import held_out
-from pipelines.evaluate import RESULTS
-from pipelines.params import Run
+from pipelines.params import MODELS, RESULTS, Run
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, threads
-from pipelines.train import MODELS
 
 
 class Sampler:
@@ -87,34 +85,37 @@ class Sampler:
 def sample_run(run: Run) -> int:
     """Sample the run's test puzzles and write results/RUN/trajectories.parquet; returns the
     number of rows. Raises `ModelError` where models/RUN is not this run's."""
+    config = run.section("sample", SampleConfig)
+    wanted = dump(run.section("model", ModelConfig))
     folder = MODELS / run.name
     model, about = load_model(folder)
-    if about.get("task") != dump(run.task.config) or about["model"] != dump(run.model):
+    if about.get("task") != dump(run.task.config) or about["model"] != wanted:
         raise ModelError(
             f"{folder / 'config.json'}: made with other model or task settings than "
             f"runs.{run.name} has now; train it again (dvc repro)"
         )
     puzzles, targets = held_out(run.task_name, run.task)
     known = [targets[puzzle_id] for puzzle_id in puzzles.ids]
-    total = len(puzzles.ids) * run.sample.width
+    total = len(puzzles.ids) * config.width
     with tqdm(total=total, desc=f"sample {run.name}", unit="trajectory") as bar:
-        if run.sample.workers == 0:
-            sampler = Sampler(model, run.task, run.sample, threads())
+        if config.workers == 0:
+            sampler = Sampler(model, run.task, config, threads())
             table = sampler.rows(puzzles, known, bar.update)
         else:
-            table = sample_on_ray(model, run, puzzles, known, bar.update)
-    if len(table) != total * len(run.sample.all_depths):
+            table = sample_on_ray(model, run.task, config, puzzles, known, bar.update)
+    if len(table) != total * len(config.all_depths):
         raise GramError(f"sampling {run.name}: {len(table)} rows came back, expected {total}")
     path = RESULTS / run.name / "trajectories.parquet"
     schema = tables.trajectories_schema(run.task.length)
-    settings = {"run": run.name, "sample": dump(run.sample), "model": about["sha256"]}
+    settings = {"run": run.name, "sample": dump(config), "model": about["sha256"]}
     tables.write(path, table, schema, {**settings, **provenance()})
     return len(table)
 
 
 def sample_on_ray(
     model: GRAM,
-    run: Run,
+    task: Task,
+    config: SampleConfig,
     puzzles: Puzzles,
     known: list[set[bytes]],
     progress: Callable[[int], None],
@@ -125,10 +126,10 @@ def sample_on_ray(
 
     from pipelines.cluster import Board, cluster
 
-    workers = run.sample.workers
+    workers = config.workers
     cores = max(1, threads() // workers)
     # Several batches a block: the batch stays full while its slots are refilled from the block.
-    block = max(1, min(4 * run.sample.batch // run.sample.width, len(puzzles.ids) // workers))
+    block = max(1, min(4 * config.batch // config.width, len(puzzles.ids) // workers))
     columns = pa.table(
         {
             "puzzle_id": puzzles.ids,
@@ -143,16 +144,13 @@ def sample_on_ray(
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         board = Board()
-        rows = (
-            ray.data.from_arrow(parts)
-            .map_batches(
-                Sampler,
-                fn_constructor_args=(model, run.task, run.sample, cores, board),
-                compute=ActorPoolStrategy(size=workers),
-                num_cpus=cores,
-                num_gpus=1 if device_name() == "cuda" else 0,
-                batch_size=None,
-            )
+        rows = ray.data.from_arrow(parts).map_batches(
+            Sampler,
+            fn_constructor_args=(model, task, config, cores, board),
+            compute=ActorPoolStrategy(size=workers),
+            num_cpus=cores,
+            num_gpus=1 if device_name() == "cuda" else 0,
+            batch_size=None,
         )
         try:
             with board.listening(progress):

@@ -18,23 +18,54 @@ import torch
 from dvclive import Live
 from tqdm import tqdm
 
-from gram_core.config import dump
+from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
-from gram_core.model.gram import GRAM, TokenShape
-from gram_core.model.store import save_model, write_atomic
+from gram_core.files import write_atomic
+from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.store import save_model
+from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import Checkpoints
 from gram_core.train.engine import Engine, PlainEngine, Supervised, compiled
-from gram_core.train.loop import final_metrics, make_slots, train
-from gram_core.train.objective import Terms
+from gram_core.train.loop import TrainConfig, final_metrics, make_slots, train
+from gram_core.train.objective import ObjectiveConfig, Terms
 from pipelines.dataset import training_examples
-from pipelines.params import Run
+from pipelines.params import MODELS, Run
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say, threads
 
-MODELS = Path("models")
 WORK = Path(".gram")
 Report = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's settings for training, checked by themselves and against each other."""
+
+    name: str
+    task: Task
+    model: ModelConfig
+    objective: ObjectiveConfig
+    train: TrainConfig
+
+    @classmethod
+    def of(cls, run: Run) -> "Job":
+        """The job of one entry of params.yaml. Raises `ConfigError`."""
+        job = cls(
+            run.name,
+            run.task,
+            run.section("model", ModelConfig),
+            run.section("objective", ObjectiveConfig),
+            run.section("train", TrainConfig),
+        )
+        learns = job.objective.halt_weight > 0 or job.objective.value_weight > 0
+        guided = job.model.guidance != "none"
+        if guided and learns and job.objective.heads_on == "prior" and not job.train.prior_slots:
+            raise ConfigError(
+                f"{run.where}.train.prior_slots: 0 leaves the halt and value heads nothing to "
+                "learn from; use a share above 0, or objective.heads_on: posterior"
+            )
+        return job
 
 
 @dataclass(frozen=True)
@@ -45,71 +76,70 @@ class Trained:
     history: list[dict[str, float]]
 
 
-def build_module(run: Run, device: str) -> Supervised:
+def build_module(job: Job, device: str) -> Supervised:
     """A fresh model with its objective, seeded by the run, compiled if the run asks for it."""
-    torch.manual_seed(run.train.seed)
-    task = run.task
-    model = GRAM(run.model, TokenShape(task.length, task.vocab, task.puzzles)).to(device)
+    torch.manual_seed(job.train.seed)
+    task = job.task
+    model = GRAM(job.model, TokenShape(task.length, task.vocab, task.puzzles)).to(device)
     module = Supervised(
         model,
-        run.objective,
+        job.objective,
         task.verify,
-        prior_rows=run.train.prior_rows(run.model),
-        precision=run.train.precision,
+        prior_rows=job.train.prior_rows(job.model),
+        precision=job.train.precision,
     )
-    return compiled(module, say) if run.train.compile else module
+    return compiled(module, say) if job.train.compile else module
 
 
 def work(
-    engine: Engine, run: Run, examples: Examples, checkpoints: Checkpoints, report: Report
+    engine: Engine, job: Job, examples: Examples, checkpoints: Checkpoints, report: Report
 ) -> Trained:
     """Train on this worker; every worker returns the same averaged weights."""
-    slots = make_slots(engine, examples, run.train)
-    ema, progress = train(engine, slots, run.train, checkpoints, report)
+    slots = make_slots(engine, examples, job.train)
+    ema, progress = train(engine, slots, job.train, checkpoints, report)
     ema.copy_to(engine.model.parameters())
     weights = {name: t.detach().cpu() for name, t in engine.model.state_dict().items()}
     return Trained(weights, progress.history)
 
 
-def fingerprint(run: Run, examples: Examples) -> str:
+def fingerprint(job: Job, examples: Examples) -> str:
     """Identifies all that the result of training depends on, but for code and machine."""
     digest = hashlib.sha256()
-    for part in (run.model, run.objective, run.train, run.task.config):
+    for part in (job.model, job.objective, job.train, job.task.config):
         digest.update(json.dumps(dump(part), sort_keys=True).encode())
     for tensor in (examples.inputs, examples.target, examples.puzzle):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
-def train_here(run: Run, examples: Examples, folder: Path, report: Report) -> Trained:
+def train_here(job: Job, examples: Examples, folder: Path, report: Report) -> Trained:
     """Train in this process with torch alone."""
     torch.set_num_threads(threads())
-    engine = PlainEngine(build_module(run, device_name()), run.train.optim)
-    checkpoints = Checkpoints(folder, fingerprint(run, examples))
-    return work(engine, run, examples, checkpoints, report)
+    engine = PlainEngine(build_module(job, device_name()), job.train.optim)
+    checkpoints = Checkpoints(folder, fingerprint(job, examples))
+    return work(engine, job, examples, checkpoints, report)
 
 
 def ray_worker(config: dict[str, Any]) -> Trained:
     """What each worker of Ray Train runs."""
     from pipelines.engine import DeepSpeedEngine
-    import faulthandler; faulthandler.dump_traceback_later(15, file=open("/tmp/hang.txt","w"))
 
-    run: Run = config["run"]
+    job: Job = config["job"]
     torch.set_num_threads(config["threads"])
-    engine = DeepSpeedEngine(build_module(run, device_name()), run.train)
-    checkpoints = Checkpoints(config["folder"], fingerprint(run, config["examples"]))
+    engine = DeepSpeedEngine(build_module(job, device_name()), job.train)
+    checkpoints = Checkpoints(config["folder"], fingerprint(job, config["examples"]))
     report: Report = config["board"].post if engine.rank == 0 else lambda row: None
-    return work(engine, run, config["examples"], checkpoints, report)
+    return work(engine, job, config["examples"], checkpoints, report)
 
 
-def train_on_ray(run: Run, examples: Examples, folder: Path, report: Report) -> Trained:
+def train_on_ray(job: Job, examples: Examples, folder: Path, report: Report) -> Trained:
     """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine."""
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     from pipelines.cluster import Board, cluster
 
-    workers = run.train.workers
+    workers = job.train.workers
     per_worker = max(1, threads() // workers)
     on_gpu = device_name() == "cuda"
     with cluster():
@@ -117,7 +147,7 @@ def train_on_ray(run: Run, examples: Examples, folder: Path, report: Report) -> 
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={
-                "run": run,
+                "job": job,
                 "examples": examples,
                 "folder": folder.absolute(),
                 "board": board,
@@ -128,7 +158,7 @@ def train_on_ray(run: Run, examples: Examples, folder: Path, report: Report) -> 
                 use_gpu=on_gpu,
                 resources_per_worker={"CPU": per_worker, **({"GPU": 1} if on_gpu else {})},
             ),
-            run_config=RunConfig(name=run.name, storage_path=str((WORK / "ray").absolute())),
+            run_config=RunConfig(name=job.name, storage_path=str((WORK / "ray").absolute())),
         )
         try:
             with board.listening(report):
@@ -145,8 +175,8 @@ def train_on_ray(run: Run, examples: Examples, folder: Path, report: Report) -> 
 class Progress:
     """Shows logged rows as they come: a bar with rate and time left, and DVCLive's files."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.bar = tqdm(total=run.train.steps, desc=f"train {run.name}", unit="step")
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.bar = tqdm(total=job.train.steps, desc=f"train {job.name}", unit="step")
         self.live = Live(
             str(folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False
         )
@@ -176,43 +206,43 @@ class Progress:
 def train_run(run: Run) -> dict[str, float]:
     """Train the run and write models/RUN; goes on from the run's newest checkpoint if a former
     attempt was cut off. Returns the final metrics."""
+    job = Job.of(run)
     examples = training_examples(run.task_name, run.task)
     folder = WORK / "checkpoints" / run.name
     start = time.monotonic()
-    how = train_here if run.train.engine == "plain" else train_on_ray
-    with Progress(run, MODELS / run.name / "live") as progress:
-        trained = how(run, examples, folder, progress)
+    how = train_here if job.train.engine == "plain" else train_on_ray
+    with Progress(job, MODELS / run.name / "live") as progress:
+        trained = how(job, examples, folder, progress)
     seconds = time.monotonic() - start
-    found = _write(run, trained, seconds)
+    found = _write(job, trained, seconds)
     Checkpoints(folder, "").clear()
     return found
 
 
-def _write(run: Run, trained: Trained, seconds: float) -> dict[str, float]:
-    task = run.task
-    model = GRAM(run.model, TokenShape(task.length, task.vocab, task.puzzles))
+def _write(job: Job, trained: Trained, seconds: float) -> dict[str, float]:
+    task = job.task
+    model = GRAM(job.model, TokenShape(task.length, task.vocab, task.puzzles))
     model.load_state_dict(trained.weights)
-    folder = MODELS / run.name
+    folder = MODELS / job.name
     columns = ["step", "lr", *Terms.names]
     history = pl.DataFrame(
         [[row.get(name) for name in columns] for row in trained.history],
-        schema={name: pl.Float64 for name in columns},
+        schema=dict.fromkeys(columns, pl.Float64),
         orient="row",
     )
     found = {
         **final_metrics(trained.history),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": run.train.steps,
+        "steps": job.train.steps,
         "train_seconds": round(seconds, 1),
     }
     write_atomic(folder / "history.csv", history.write_csv().encode())
     write_atomic(folder / "metrics.json", (json.dumps(found, indent=2) + "\n").encode())
     about = {
-        "run": run.name,
+        "run": job.name,
         "task": dump(task.config),
-        "sample": dump(run.sample),
-        "objective": dump(run.objective),
-        "train": dump(run.train),
+        "objective": dump(job.objective),
+        "train": dump(job.train),
         "provenance": provenance(),
     }
     save_model(folder, model, about)

@@ -6,6 +6,7 @@ from pipelines.runtime import entry, say
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Write the tables that training and sampling read."""
     from pipelines.dataset import augment
     from pipelines.params import load_task
 

@@ -6,6 +6,7 @@ from pipelines.runtime import entry, say
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Write the task's raw tables."""
     from pipelines.dataset import generate
     from pipelines.params import load_task
 

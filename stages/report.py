@@ -6,6 +6,7 @@ from pipelines.runtime import entry, say
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Build report/index.html from every run's results."""
     from pathlib import Path
 
     from pipelines.params import read_params

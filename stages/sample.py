@@ -6,6 +6,7 @@ from pipelines.runtime import entry, say
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Sample the run's test puzzles."""
     from pipelines.params import load_run
     from pipelines.sample import sample_run
 

@@ -6,6 +6,7 @@ from pipelines.runtime import entry, say
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Train the run."""
     from pipelines.params import load_run
     from pipelines.train import train_run
 

@@ -10,6 +10,7 @@ each count as 0 or 1, a percentile bootstrap over puzzles for the others.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -96,13 +97,19 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+@lru_cache(maxsize=4)
+def _bootstrap_weights(count: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of `count` puzzles is drawn in each resample; every metric uses the same."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int) -> Estimate:
     """sum(numerator) / sum(denominator) over puzzles, with its interval."""
     count = len(numerator)
     value = float(numerator.sum() / denominator.sum())
     if (denominator == 1).all() and np.isin(numerator, (0.0, 1.0)).all():
         return Estimate(value, *wilson(float(numerator.sum()), count))
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    weights = _bootstrap_weights(count, resamples, seed)
     below = weights @ denominator
     # A resample may miss every puzzle that the ratio is over.
     draws = np.divide(weights @ numerator, below, out=np.full(resamples, value), where=below > 0)

@@ -6,7 +6,6 @@ checksum, so a pair that does not belong together is noticed.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save as save_tensors
 
 from gram_core.config import ConfigError, dump, load
 from gram_core.errors import GramError
+from gram_core.files import write_atomic
 from gram_core.model.gram import GRAM, ModelConfig, TokenShape
 
 VERSION = 1
@@ -25,20 +25,6 @@ VERSION = 1
 
 class ModelError(GramError):
     """A saved model that is missing, damaged or of another version; one line, naming the file."""
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, model: GRAM, about: Mapping[str, Any]) -> None:

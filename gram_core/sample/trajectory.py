@@ -23,6 +23,7 @@ from gram_core.model.gram import GRAM
 from gram_core.model.recursion import State
 from gram_core.noise import batch_noise, trajectory_key
 from gram_core.precision import Precision, autocast
+from gram_core.tasks.batches import Puzzles
 
 
 class SampleConfig(Config, frozen=True, kw_only=True):
@@ -45,14 +46,6 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     def all_depths(self) -> tuple[int, ...]:
         """Every depth to report, ascending."""
         return tuple(sorted({self.depth, *self.depths}))
-
-
-@dataclass(frozen=True)
-class Puzzles:
-    """The inputs to solve, one row a puzzle."""
-
-    ids: Sequence[str]
-    inputs: UInt8[Tensor, "N S"]
 
 
 @dataclass(frozen=True)

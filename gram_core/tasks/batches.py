@@ -4,6 +4,7 @@ The order is a function of (seed, position): a run that is stopped at a position
 with nothing else to remember, and N workers read disjoint rows of the same order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,14 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Puzzles:
+    """The inputs to solve, one row a puzzle."""
+
+    ids: Sequence[str]
+    inputs: UInt8[Tensor, "N S"]
 
 
 class Order:

@@ -6,9 +6,8 @@ files' formats; tests drive it with `PlainEngine`.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-import msgspec
 import torch
 
 from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt

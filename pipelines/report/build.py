@@ -13,7 +13,7 @@ import polars as pl
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gram_core.model.store import write_atomic
+from gram_core.files import write_atomic
 from pipelines.report import boards, figures, gallery, results, series
 from pipelines.report.inputs import ReportError, RunInputs, TaskInputs, read_run, read_task
 from pipelines.report.layout import Figure

@@ -1,0 +1,136 @@
+"""The `gram` command: solve a puzzle, sample a run, look at a run."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.runtime import entry, fail, say
+
+EXAMPLES = """examples:
+  gram solve gram "Q.......|........|........|........|........|........|........|....Q..."
+  gram solve gram board.txt --width 50 --depth 8
+  gram info gram
+  gram sample gram
+
+in Python:
+  from gram_core.solve import Solver
+  solver = Solver.load("models/gram")
+  answers = solver.solve("Q.......|........|...", width=20)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="gram",
+        description="Generative recursive reasoning: trained runs at work.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    solve = commands.add_parser(
+        "solve",
+        help="answer a puzzle with candidates, verified ones first",
+        description="Answer a puzzle. Exit code 0 where an answer is verified, 1 where none is, "
+        "2 where the puzzle cannot be read.",
+    )
+    solve.add_argument("run", metavar="RUN", help="a run's name, or the folder of its model")
+    solve.add_argument("puzzle", help="rows of Q and . divided by |, or a file that holds them")
+    solve.add_argument("--width", type=_positive, default=20, help="trajectories (20)")
+    solve.add_argument(
+        "--depth", type=_positive, help="supervision steps allowed (as many as trained with)"
+    )
+    solve.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    solve.add_argument(
+        "--all", action="store_true", help="print the unverified answers too, if one is verified"
+    )
+    sample = commands.add_parser("sample", help="sample a run's test puzzles (the DVC stage)")
+    sample.add_argument("run", metavar="RUN")
+    info = commands.add_parser("info", help="a run's model, training and results")
+    info.add_argument("run", metavar="RUN")
+    return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; the exit code."""
+    chosen = parser().parse_args(arguments)
+    if chosen.command == "solve":
+        return _solve(chosen)
+    if chosen.command == "sample":
+        from pipelines.params import load_run
+        from pipelines.sample import sample_run
+
+        say(f"sample {chosen.run}: {sample_run(load_run(chosen.run))} rows")
+        return 0
+    return _info(chosen.run)
+
+
+def _model_folder(run: str) -> Path:
+    """models/RUN, or the folder itself where a path is given."""
+    from pipelines.params import MODELS
+
+    path = Path(run)
+    return path if (path / "config.json").is_file() else MODELS / run
+
+
+def _solve(chosen: argparse.Namespace) -> int:
+    from gram_core.solve import Solver
+    from gram_core.tasks.base import TaskError
+
+    solver = Solver.load(_model_folder(chosen.run))
+    text = chosen.puzzle
+    if "|" not in text and Path(text).is_file():
+        text = Path(text).read_text(errors="replace")
+    depth = {"depth": chosen.depth} if chosen.depth else {}
+    try:
+        answers = solver.solve(text, chosen.width, seed=chosen.seed, **depth)
+    except TaskError as error:
+        return fail(f"puzzle: {error}", code=2)
+    verified = [answer for answer in answers if answer.verified]
+    for answer in answers if chosen.all or not verified else verified:
+        mark = "verified" if answer.verified else "not verified"
+        print(f"{mark}, {answer.count} of {chosen.width} trajectories, value {answer.value:.2f}")
+        print(answer.text, end="\n\n")
+    if not verified:
+        say(f"none of {len(answers)} distinct answers was verified")
+        return 1
+    say(f"{len(verified)} verified of {len(answers)} distinct answers")
+    return 0
+
+
+def _info(run: str) -> int:
+    import json
+
+    from gram_core.model.store import load_model
+
+    folder = _model_folder(run)
+    model, about = load_model(folder)
+    made = about.get("provenance", {})
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {parameters:,} parameters, task {about.get('task')}")
+    for part in ("model", "objective", "train"):
+        print(f"{part}: {json.dumps(about.get(part), sort_keys=True)}")
+    print(f"made at revision {made.get('revision')} on {made.get('device')}")
+    for path in (folder / "metrics.json", Path("results") / folder.name / "metrics.json"):
+        if path.is_file():
+            found = json.loads(path.read_bytes())
+            print(f"{path}:")
+            for name, value in found.items():
+                if not name.endswith(("_low", "_high")):
+                    print(f"  {name:32} {value:.4g}")
+    return 0
+
+
+def program() -> None:
+    """The console script."""
+    entry(main)
+
+
+if __name__ == "__main__":
+    program()
