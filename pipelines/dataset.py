@@ -5,6 +5,7 @@ Knows where the tables of a task lie; what is in them is the task's.
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 import pyarrow as pa
@@ -64,9 +65,9 @@ def read(path: Path, task: Task) -> pa.Table:
     return table
 
 
-def training_examples(name: str, task: Task) -> Examples:
-    """The training table as tensors."""
-    table = read(DATA / name / "train.parquet", task)
+def examples(name: str, task: Task, part: Literal["train", "test"]) -> Examples:
+    """The pairs of one table, in its order, as tensors."""
+    table = read(DATA / name / f"{part}.parquet", task)
     inputs = torch.from_numpy(tables.tokens_numpy(table["inputs"]).copy())
     target = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
     return Examples(inputs, target, torch.zeros(len(table), dtype=torch.int32))

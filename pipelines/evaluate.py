@@ -1,19 +1,30 @@
-"""The evaluate stage: trajectories in, puzzles table, metrics and plot data out."""
+"""The evaluate stage: trajectories in, puzzles table, metrics and plot data out.
+
+A guided model is also asked for the bounds on its likelihood, on the test pairs.
+"""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import torch
 
 from gram_core import tables
 from gram_core.config import ConfigError
-from gram_core.evaluate.metrics import EvaluateConfig, metrics, puzzle_table, summarise
+from gram_core.evaluate.bound import bound
+from gram_core.evaluate.metrics import EvaluateConfig, metrics, puzzle_table, ratio, summarise
 from gram_core.files import write_atomic
+from gram_core.model.store import load_model
+from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tables import TableError
-from pipelines.dataset import solution_counts
-from pipelines.params import RESULTS, Run
+from gram_core.train.objective import ObjectiveConfig
+from pipelines.dataset import examples, solution_counts
+from pipelines.params import MODELS, RESULTS, Run
 from pipelines.provenance import provenance
+
+PAIRS = 512  # of the bounds, at a time
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -35,7 +46,7 @@ def evaluate(run: Run) -> dict[str, float]:
     counts = solution_counts(run.task_name, run.task)
     _check(path, frame, counts.collect(), sample)
     puzzles = puzzle_table(frame.lazy(), counts, config.widths)
-    found = metrics(puzzles, sample.depth, config)
+    found = {**metrics(puzzles, sample.depth, config), **_bounds(run, config)}
     scaling = _scaling(puzzles, sample, config)
     about = {"run": run.name, **provenance()}
     tables.write(folder / "puzzles.parquet", puzzles.to_arrow(), tables.puzzles_schema(), about)
@@ -55,6 +66,52 @@ def _check(path: Path, rows: pl.DataFrame, counts: pl.DataFrame, sample: SampleC
         raise TableError(
             f"{path}: {len(rows)} rows, expected {wanted}: every puzzle, trajectory and depth once"
         )
+
+
+def _bounds(run: Run, config: EvaluateConfig) -> dict[str, float]:
+    """Means over the test pairs, in nats a pair, with intervals over puzzles: `bound`, Eq. 13, its
+    parts `bound_reconstruction` and `bound_divergence`, and `bound_surrogate`, Eq. 14. Nothing for
+    a model whose guidance has no density."""
+    model, _ = load_model(MODELS / run.name)
+    shape = model.config
+    if shape.guidance not in ("full", "stochastic_only"):
+        return {}
+    objective = run.section("objective", ObjectiveConfig)
+    pairs = examples(run.task_name, run.task, "test")
+    transitions = shape.T if shape.deep_supervision else shape.T * shape.N_sup
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(pairs), PAIRS):
+        rows = range(start, min(start + PAIRS, len(pairs)))
+        keys = [trajectory_key(config.seed, f"bound of pair {row}", 0) for row in rows]
+
+        def noise(step: int, keys: list[np.ndarray] = keys) -> torch.Tensor:
+            return batch_noise(keys, [step] * len(keys), (transitions, model.length, shape.dim))
+
+        inputs, target = (t[rows.start : rows.stop] for t in (pairs.inputs, pairs.target))
+        of = bound(
+            model,
+            inputs,
+            target,
+            noise,
+            rollout=objective.rollout,
+            likelihood=objective.cross_entropy,
+        )
+        for name, values in (
+            ("bound", of.full),
+            ("bound_surrogate", of.surrogate),
+            ("bound_reconstruction", -of.reconstruction),
+            ("bound_divergence", of.divergence),
+        ):
+            parts.setdefault(name, []).append(values.double().numpy())
+    _, puzzle = np.unique(pairs.inputs.numpy(), axis=0, return_inverse=True)
+    count = np.bincount(puzzle).astype(float)
+    flat: dict[str, float] = {}
+    for name, chunks in parts.items():
+        total = np.bincount(puzzle, weights=np.concatenate(chunks))
+        estimate = ratio(total, count, config.resamples, config.seed)
+        flat[name] = estimate.value
+        flat[f"{name}_low"], flat[f"{name}_high"] = estimate.low, estimate.high
+    return flat
 
 
 def _scaling(puzzles: pl.DataFrame, sample: SampleConfig, config: EvaluateConfig) -> pl.DataFrame:

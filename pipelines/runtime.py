@@ -16,8 +16,9 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 # OpenMP's threads spin while they wait; beside any other busy process that made a training step
-# up to 25 times slower here (docs/performance.md). Asleep they cost a few percent.
-PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# up to 25 times slower here. A short spin before sleep is also the fastest on a quiet machine
+# (docs/performance.md).
+PATIENT = {"GOMP_SPINCOUNT": "2000"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",

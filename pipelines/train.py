@@ -29,7 +29,7 @@ from gram_core.train.checkpoint import Checkpoints
 from gram_core.train.engine import Engine, PlainEngine, Supervised, compiled
 from gram_core.train.loop import TrainConfig, final_metrics, make_slots, train
 from gram_core.train.objective import ObjectiveConfig, Terms
-from pipelines.dataset import training_examples
+from pipelines.dataset import examples
 from pipelines.params import MODELS, Run
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say, threads
@@ -207,12 +207,12 @@ def train_run(run: Run) -> dict[str, float]:
     """Train the run and write models/RUN; goes on from the run's newest checkpoint if a former
     attempt was cut off. Returns the final metrics."""
     job = Job.of(run)
-    examples = training_examples(run.task_name, run.task)
+    rows = examples(run.task_name, run.task, "train")
     folder = WORK / "checkpoints" / run.name
     start = time.monotonic()
     how = train_here if job.train.engine == "plain" else train_on_ray
     with Progress(job, MODELS / run.name / "live") as progress:
-        trained = how(job, examples, folder, progress)
+        trained = how(job, rows, folder, progress)
     seconds = time.monotonic() - start
     found = _write(job, trained, seconds)
     Checkpoints(folder, "").clear()

@@ -12,7 +12,8 @@ def main(arguments: Sequence[str]) -> None:
 
     (name,) = arguments
     counts = augment(name, load_task(name))
-    say(f"augment {name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
+    done = ", ".join(f"{key} {value}" for key, value in counts.items())
+    say(f"augment {name}: {done or 'tables as generated'}")
 
 
 if __name__ == "__main__":

@@ -199,9 +199,11 @@ class GRAM(nn.Module):
         out: Tensor = self.decoder(h[:, self.config.prefix_tokens :]).float()
         return out
 
-    def wants_halt(self, q: Float[Tensor, "B 2"]) -> Bool[Tensor, " B"]:
-        """The halting rule of A.1: sigmoid(q_halt) > 0.5; with Q-learning, q_halt > q_continue."""
-        return q[:, 0] > (0.0 if self.config.halting == "halt_only" else q[:, 1])
+    def wants_halt(self, q: Float[Tensor, "B 2"], threshold: float = 0.5) -> Bool[Tensor, " B"]:
+        """The halting rule of A.1: sigmoid(q_halt) > threshold; with Q-learning,
+        sigmoid(q_halt - q_continue) > threshold, which at 0.5 is q_halt > q_continue."""
+        margin = q[:, 0] if self.config.halting == "halt_only" else q[:, 0] - q[:, 1]
+        return torch.sigmoid(margin) > threshold
 
     def feature(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B D"]:
         """What the halt and value heads see, cut from the graph: the first position of h

@@ -8,7 +8,7 @@ trajectory's answer is the one it halted with, or the one it held at step d.
 Shapes: J trajectories in all, M rows in the batch, S content positions, L all positions, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from gram_core.config import Config, NonNegativeFloat, NonNegativeInt, PositiveInt
+from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from gram_core.model.gram import GRAM
 from gram_core.model.recursion import State
 from gram_core.noise import batch_noise, trajectory_key
@@ -28,8 +28,9 @@ from gram_core.tasks.batches import Puzzles
 
 class SampleConfig(Config, frozen=True, kw_only=True):
     """How trajectories are drawn. `depth` is the one that metrics.json reports, `depths` others
-    that the same rollout answers for; `temperature` scales the prior's noise (gap G18). `workers`
-    are Ray's; 0 samples in the calling process."""
+    that the same rollout answers for; `temperature` scales the prior's noise (gap G18). A
+    trajectory halts where the halt head's probability is above `halt_threshold`. `workers` are
+    Ray's; 0 samples in the calling process."""
 
     seed: NonNegativeInt = 0
     width: PositiveInt = 20
@@ -37,6 +38,7 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     depths: tuple[Annotated[int, msgspec.Meta(ge=1, le=65535)], ...] = ()
     batch: PositiveInt = 256
     halting: bool = True
+    halt_threshold: Fraction = 0.5
     compaction: bool = True
     temperature: NonNegativeFloat = 1.0
     precision: Precision = "fp32"
@@ -168,7 +170,7 @@ def _supervision_step(
             state = model.prior_transition(state, live.e_x, None if noise is None else noise[t])
         prediction = model.decode(state.h).argmax(-1).to(torch.uint8)
     feature = model.feature(state.h)
-    wants = model.wants_halt(model.halt(feature))
+    wants = model.wants_halt(model.halt(feature), config.halt_threshold)
     # States may leave autocast in bfloat16; the queue admits float32 ones.
     state = State(state.h.float(), state.l.float())
     return state, prediction.cpu().numpy(), model.value(feature).cpu().numpy(), wants.cpu().numpy()
@@ -181,9 +183,3 @@ def _repeat(one: Trajectories, width: int) -> Trajectories:
     return Trajectories(
         one.depths, rep(one.steps), rep(one.halted), rep(one.value), rep(one.prediction)
     )
-
-
-def blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """The ranges [start, stop) that cut `count` puzzles into blocks of at most `size`."""
-    for start in range(0, count, size):
-        yield start, min(start + size, count)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from gram_core.config import Config, Fraction, NonNegativeFloat
 from gram_core.model.gram import GRAM
 from gram_core.model.latent import Gaussian, balanced_kl, kl
+from gram_core.model.likelihood import LikelihoodKind, token_accuracy, token_cross_entropy
 from gram_core.model.recursion import State
 
 Verifier = Callable[[UInt8[Tensor, "B S"], UInt8[Tensor, "B S"]], Bool[Tensor, " B"]]
@@ -37,7 +38,7 @@ class ObjectiveConfig(Config, frozen=True, kw_only=True):
     kl: Literal["last", "every"] = "last"
     kl_reduction: Literal["sum", "mean"] = "sum"
     free_bits: NonNegativeFloat = 0.0
-    cross_entropy: Literal["softmax", "stablemax"] = "softmax"
+    cross_entropy: LikelihoodKind = "softmax"
     heads_on: Literal["prior", "posterior"] = "prior"
     halt_target: Literal["exact", "valid"] = "valid"
     halt_weight: NonNegativeFloat = 0.5
@@ -111,34 +112,6 @@ class Terms:
     def stacked(self) -> Float[Tensor, "M 2"]:
         """Sums and counts of all terms, in the order of `names`: one tensor to reduce and read."""
         return torch.stack([self._sums[name] for name in self.names])
-
-
-def token_cross_entropy(
-    logits: Float[Tensor, "B S V"], target: UInt8[Tensor, "B S"], kind: str
-) -> Float[Tensor, " B"]:
-    """-log p(y | .) in nats a token, the mean over the target's tokens other than 0 (padding).
-
-    `stablemax` replaces exp(x) by x + 1 above zero and 1 / (1 - x) below, as in TRM and HRM; it
-    is a likelihood too, of another normalisation.
-    """
-    labels = target.long()
-    if kind == "softmax":
-        log_p = torch.log_softmax(logits, dim=-1)
-    else:
-        score = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))
-        log_p = score.log() - score.sum(-1, keepdim=True).log()
-    nll = -log_p.gather(-1, labels[..., None]).squeeze(-1)
-    scored = (labels != 0).to(nll.dtype)
-    return (nll * scored).sum(-1) / scored.sum(-1).clamp(min=1.0)
-
-
-def token_accuracy(
-    prediction: UInt8[Tensor, "B S"], target: UInt8[Tensor, "B S"]
-) -> Float[Tensor, " B"]:
-    """Share of the target's tokens, padding left out, that are right."""
-    scored = (target != 0).float()
-    right = (prediction == target).float() * scored
-    return right.sum(-1) / scored.sum(-1).clamp(min=1.0)
 
 
 def _join(p: Gaussian, q: Gaussian, noise: Tensor, prior_rows: int) -> Tensor:

@@ -129,6 +129,7 @@ def _render(
             }
             for task, runs in by_task
         ],
+        likelihood=results.likelihood_rows(read),
         facts=list(
             zip(results.FACTS, zip(*map(results.run_facts, read), strict=True), strict=True)
         ),

@@ -59,6 +59,39 @@ class MetricRow:
     group: bool = False
 
 
+BOUNDS = (
+    ("bound", "Full bound on log p(y | x)", "Eq. 13: final reconstruction less all divergence"),
+    ("bound_reconstruction", "Final reconstruction", "log p(y | z) after the last step"),
+    ("bound_divergence", "Divergence", "KL of posterior from prior over the whole trajectory"),
+    ("bound_surrogate", "Surrogate", "Eq. 14: mean over the supervision steps"),
+)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """One quantity of the likelihood's bounds, a text a run, in nats a pair."""
+
+    title: str
+    explanation: str
+    cells: list[str]
+
+
+def likelihood_rows(runs: Sequence[RunInputs]) -> list[Likelihood]:
+    """The bounds of the runs that have them; no rows where none does."""
+    return [
+        Likelihood(title, explanation, [_nats(run, key) for run in runs])
+        for key, title, explanation in BOUNDS
+        if any(key in run.metrics for run in runs)
+    ]
+
+
+def _nats(run: RunInputs, key: str) -> str:
+    if key not in run.metrics:
+        return NONE
+    low, high = run.metric(f"{key}_low"), run.metric(f"{key}_high")
+    return f"{run.metric(key):.2f} ({low:.2f} – {high:.2f})"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Our runs and the paper's methods on one task."""
