@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _reach(address)
     local = {} if address else {"num_cpus": cpus or threads(), "include_dashboard": False}
     quiet = ("ray", "ray.data", "ray.train", "ray.tune")
     for name in quiet:
@@ -40,6 +44,20 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `GramError` where nobody listens at HOST:PORT, for which Ray itself waits minutes."""
+    found = re.fullmatch(r"(?:ray://)?([^/\s]+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise GramError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); correct it, or unset it "
+            "to use this machine alone"
+        ) from None
 
 
 class _Messages:

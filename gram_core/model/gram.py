@@ -185,13 +185,12 @@ class GRAM(nn.Module):
         e_x: Float[Tensor, "B L D"],
         noise: Float[Tensor, "B L D"] | None,
     ) -> State:
-        """One whole transition as at inference: h = u + eps with eps ~ p(. | u)."""
+        """One whole transition as at inference: h = u + eps with eps ~ p(. | u). Raises
+        `ValueError` where the prior is no point mass and `noise` is None."""
         proposal: State = self.recursion(state, e_x)
         prior = self.prior(proposal.h)
         if prior is None:
             return proposal
-        if noise is None:
-            raise ValueError("a model with guidance needs noise for its transitions")
         return State(proposal.h + prior.sample(noise), proposal.l)
 
     def decode(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B S V"]:

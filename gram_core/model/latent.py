@@ -28,9 +28,14 @@ class Gaussian:
     mean: Float[Tensor, "B L D"]
     std: Float[Tensor, "B L D"] | None
 
-    def sample(self, noise: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """mean + std * noise: differentiable in both parameters."""
-        return self.mean if self.std is None else self.mean + self.std * noise
+    def sample(self, noise: Float[Tensor, "B L D"] | None) -> Float[Tensor, "B L D"]:
+        """mean + std * noise: differentiable in both parameters. A point mass needs no noise;
+        raises `ValueError` where there is none for another."""
+        if self.std is None:
+            return self.mean
+        if noise is None:
+            raise ValueError("a model with stochastic guidance needs noise for its transitions")
+        return self.mean + self.std * noise
 
     def detach(self) -> "Gaussian":
         """The same distribution with gradients stopped."""

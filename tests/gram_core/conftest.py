@@ -12,7 +12,8 @@ from gram_core.tasks.batches import Examples
 from gram_core.tasks.nqueens import NQueens, NQueensConfig, completions, to_tokens
 
 TINY: dict[str, Any] = {
-    "dim": 16, "heads": 2, "ffn": 16, "layers": 1, "K": 1, "T": 2, "N_sup": 2, "prefix_tokens": 2,
+    "dim": 16, "heads": 2, "ffn": 16, "layers": 1, "K": 1, "T": 2, "N_sup": 2,
+    "prefix_tokens": 2, "sigma_init": 0.5,
 }  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def tiny() -> dict[str, Any]:
 def make_model() -> Callable[..., GRAM]:
     """A tiny model; `stir` is the size of the noise on the weights that start at zero."""
 
-    def make(length: int = 16, seed: int = 0, stir: float = 0.3, **settings: Any) -> GRAM:
+    def make(length: int = 16, seed: int = 0, stir: float = 0.1, **settings: Any) -> GRAM:
         torch.manual_seed(seed)
         model = GRAM(ModelConfig(**{**TINY, **settings}), TokenShape(length, vocab=3))
         with torch.no_grad():
@@ -49,9 +50,7 @@ def examples() -> Examples:
     """All 28 pairs of an incomplete 4x4 board and a completion."""
     partial, full = completions(4, (1, 2, 3))
     puzzle = torch.zeros(len(partial), dtype=torch.int32)
-    return Examples(
-        torch.from_numpy(to_tokens(partial)), torch.from_numpy(to_tokens(full)), puzzle
-    )
+    return Examples(torch.from_numpy(to_tokens(partial)), torch.from_numpy(to_tokens(full)), puzzle)
 
 
 @pytest.fixture

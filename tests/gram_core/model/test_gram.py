@@ -59,7 +59,7 @@ def test_the_papers_settings_train_and_sample(paper):
     before = paper.recursion.f_l.blocks[0].mixing.qkv.weight.detach().clone()
     result = engine.forward(slots.batch(), torch.randn(3, 2, 16 + LENGTH, D))
     engine.step(result.loss, 1e-3)
-    assert math.isfinite(float(result.loss))
+    assert math.isfinite(float(result.loss.detach()))
     assert not torch.equal(before, paper.recursion.f_l.blocks[0].mixing.qkv.weight)
     drawn = rollout(paper, Puzzles(["a"], tokens[:1]), SampleConfig(width=2, depth=1))
     assert drawn.prediction.shape == (1, 2, LENGTH)
@@ -119,7 +119,7 @@ def test_token_embeddings_have_unit_rms():
     tokens = torch.arange(200, dtype=torch.uint8)[None]
     for embedded in (model.embed(tokens), model.embed_answer(tokens)):
         # 102,400 truncated normal numbers.
-        assert abs(float(embedded.square().mean().sqrt()) - 1) < 0.01
+        assert abs(float(embedded.detach().square().mean().sqrt()) - 1) < 0.01
 
 
 def test_z0_is_standard_normal_kept_but_not_trained():
@@ -173,7 +173,7 @@ def test_a_prior_transition_adds_a_sample_of_the_prior_to_the_proposal(make_mode
     after = model.prior_transition(state, e_x, noise)
     proposal = model.recursion(state, e_x)
     u = proposal.h
-    raw = model.prior_head.raw_std(u) + math.log(math.expm1(0.099))
+    raw = model.prior_head.raw_std(u) + math.log(math.expm1(0.499))
     std = 1e-3 + torch.log1p(raw.exp())
     torch.testing.assert_close(after.h, u + model.prior_head.mean(u) + std * noise)
     assert torch.equal(after.l, proposal.l)

@@ -134,4 +134,4 @@ def test_rows_of_a_batch_do_not_touch_each_other_but_positions_do(core):
     other[1, 0] += 1.0
     before, after = f(a, torch.zeros_like(a)), f(other, torch.zeros_like(a))
     torch.testing.assert_close(before[0], after[0])
-    assert float((before[1, 4] - after[1, 4]).abs().max()) > 1e-4
+    assert (before[1, 4] - after[1, 4]).abs().max().item() > 1e-4

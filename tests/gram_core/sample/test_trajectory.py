@@ -1,0 +1,219 @@
+import numpy as np
+import pytest
+import torch
+
+from gram_core.config import ConfigError, load
+from gram_core.model.recursion import State
+from gram_core.noise import step_noise, trajectory_key
+from gram_core.sample.trajectory import SampleConfig, rollout
+from gram_core.tasks.batches import Puzzles
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    """A model that halts now and then: its halt head's bias is taken away."""
+    model = make_model(N_sup=4)
+    with torch.no_grad():
+        model.halt.map.bias.zero_()
+        model.halt.map.weight.mul_(3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def puzzles() -> Puzzles:
+    inputs = torch.randint(1, 3, (7, 16), generator=torch.Generator().manual_seed(0))
+    return Puzzles([f"p{i}" for i in range(7)], inputs.to(torch.uint8))
+
+
+def config(**settings) -> SampleConfig:
+    return SampleConfig(**{"width": 3, "depth": 4, "batch": 8, **settings})
+
+
+def same(one, other) -> bool:
+    """Whether two results agree: bit for bit, but for the value's last digits."""
+    exact = all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("steps", "halted", "prediction")
+    )
+    return exact and np.allclose(one.value, other.value, atol=1e-5)
+
+
+@torch.no_grad()
+def alone(model, puzzles, p: int, j: int, depth: int, temperature: float = 1.0, seed: int = 0):
+    """One trajectory by itself: steps used, halted, value and answer."""
+    c = model.config
+    state, e_x = model.initial_state(1), model.embed(puzzles.inputs[p : p + 1])
+    for step in range(depth):
+        key = trajectory_key(seed, puzzles.ids[p], j)
+        noise = torch.from_numpy(step_noise(key, step, (c.T, model.length, c.dim)))
+        for t in range(c.T):
+            proposal = model.recursion(state, e_x)
+            prior = model.prior(proposal.h)
+            eps = prior.mean + prior.std * noise[t] * temperature
+            state = State(proposal.h + eps, proposal.l)
+        halts = bool(model.halt(state.h[:, 0])[0, 0] > 0)
+        if halts:
+            break
+    answer = model.decode(state.h)[0].argmax(-1).numpy()
+    return step + 1, halts, float(model.value(state.h[:, 0])), answer
+
+
+def test_each_trajectory_is_the_one_rolled_out_alone(model, puzzles):
+    result = rollout(model, puzzles, config(seed=5))
+    assert result.prediction.shape == (1, 21, 16)
+    for job in range(21):
+        steps, halted, value, answer = alone(model, puzzles, job // 3, job % 3, 4, seed=5)
+        assert result.steps[0, job] == steps
+        assert result.halted[0, job] == halted
+        assert result.value[0, job] == pytest.approx(value, abs=1e-5)
+        assert np.array_equal(result.prediction[0, job], answer)
+    # The comparison means something: some halt, some do not, at several steps.
+    assert set(result.steps[0]) >= {1, 2, 4}
+    assert 0 < result.halted.sum() < 21
+    assert len(np.unique(result.prediction[0], axis=0)) > 10
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 64])
+@pytest.mark.parametrize("compaction", [True, False])
+def test_batch_and_compaction_change_nothing(model, puzzles, batch, compaction):
+    expected = rollout(model, puzzles, config())
+    assert same(rollout(model, puzzles, config(batch=batch, compaction=compaction)), expected)
+
+
+def test_the_order_of_puzzles_changes_nothing(model, puzzles):
+    order = [3, 0, 6, 5, 1, 4, 2]
+    shuffled = Puzzles([puzzles.ids[i] for i in order], puzzles.inputs[order])
+    expected = rollout(model, puzzles, config())
+    result = rollout(model, shuffled, config())
+    for place, puzzle in enumerate(order):
+        there, here = slice(3 * puzzle, 3 * puzzle + 3), slice(3 * place, 3 * place + 3)
+        assert np.array_equal(result.prediction[:, here], expected.prediction[:, there])
+        assert np.array_equal(result.steps[:, here], expected.steps[:, there])
+
+
+def test_first_trajectory_goes_on_where_another_rollout_ended(model, puzzles):
+    whole = rollout(model, puzzles, config(width=5))
+    early = rollout(model, puzzles, config(width=2))
+    late = rollout(model, puzzles, config(width=3), first_trajectory=2)
+    joined = np.concatenate(
+        [early.prediction.reshape(7, 2, 16), late.prediction.reshape(7, 3, 16)], axis=1
+    )
+    assert np.array_equal(joined, whole.prediction.reshape(7, 5, 16))
+
+
+@pytest.mark.parametrize("halting", [True, False])
+def test_one_rollout_answers_for_every_depth(model, puzzles, halting):
+    several = rollout(model, puzzles, config(depth=2, depths=(4, 1), halting=halting))
+    assert several.depths == (1, 2, 4)
+    for k, depth in enumerate((1, 2, 4)):
+        single = rollout(model, puzzles, config(depth=depth, halting=halting))
+        for name in ("steps", "halted", "prediction"):
+            assert np.array_equal(getattr(several, name)[k], getattr(single, name)[0]), name
+        np.testing.assert_allclose(several.value[k], single.value[0], atol=1e-5)
+    assert not np.array_equal(several.prediction[0], several.prediction[2])
+
+
+@pytest.mark.parametrize(
+    ("bias", "halting", "steps", "halted"),
+    [(50.0, True, 1, True), (-50.0, True, 4, False), (50.0, False, 4, False)],
+)
+def test_a_trajectory_ends_when_the_halt_head_says_so(
+    make_model, puzzles, bias, halting, steps, halted
+):
+    model = make_model(N_sup=4)
+    with torch.no_grad():
+        model.halt.map.bias.fill_(bias)
+    result = rollout(model, puzzles, config(halting=halting))
+    assert (result.steps == steps).all()
+    assert (result.halted == halted).all()
+
+
+@pytest.mark.parametrize(
+    ("halting", "bias", "threshold", "halted"),
+    [
+        # The logits are fixed by hand: sigmoid(1) = 0.73, and 1 - (-1) = 2 with sigmoid 0.88.
+        ("halt_only", (1.0, -1.0), 0.7, True),
+        ("halt_only", (1.0, -1.0), 0.8, False),
+        ("q_learning", (1.0, -1.0), 0.8, True),
+        ("q_learning", (1.0, -1.0), 0.9, False),
+    ],
+)
+def test_the_threshold_is_a_probability(make_model, puzzles, halting, bias, threshold, halted):
+    model = make_model(halting=halting)
+    with torch.no_grad():
+        model.halt.map.weight.zero_()
+        model.halt.map.bias.copy_(torch.tensor(bias))
+    result = rollout(model, puzzles, config(halt_threshold=threshold))
+    assert (result.halted == halted).all()
+
+
+def test_one_that_halts_at_the_last_step_counts_as_halted(make_model, puzzles):
+    model = make_model()
+    with torch.no_grad():
+        model.halt.map.bias.fill_(50.0)
+    result = rollout(model, puzzles, config(depth=1))
+    assert result.halted.all()
+
+
+def test_a_deterministic_models_trajectories_are_one_trajectory(make_model, puzzles):
+    model = make_model(guidance="none")
+    one = rollout(model, puzzles, config(width=1))
+    many = rollout(model, puzzles, config(width=4, seed=9))
+    for name in ("steps", "halted", "value", "prediction"):
+        expected = np.repeat(getattr(one, name), 4, axis=1)
+        assert np.array_equal(getattr(many, name), expected), name
+    state, e_x = model.initial_state(7), model.embed(puzzles.inputs)
+    with torch.no_grad():
+        for _ in range(4 * 2):
+            state = model.recursion(state, e_x)
+    assert np.array_equal(one.prediction[0], model.decode(state.h).argmax(-1).numpy())
+
+
+def test_temperature_scales_the_noise(model, puzzles):
+    cold = rollout(model, puzzles, config(temperature=0.0, seed=1))
+    assert np.array_equal(
+        cold.prediction, rollout(model, puzzles, config(temperature=0.0)).prediction
+    )
+    predictions = cold.prediction.reshape(7, 3, 16)
+    assert (predictions == predictions[:, :1]).all()
+    warm = rollout(model, puzzles, config(temperature=0.5))
+    assert np.array_equal(warm.prediction[0, 4], alone(model, puzzles, 1, 1, 4, 0.5)[3])
+    assert not np.array_equal(warm.prediction, cold.prediction)
+
+
+def test_seeds_draw_different_trajectories(model, puzzles):
+    first, second = (rollout(model, puzzles, config(seed=s)) for s in (0, 1))
+    assert not np.array_equal(first.prediction, second.prediction)
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+@pytest.mark.parametrize("guidance", ["full", "none"])
+def test_progress_adds_up_to_the_number_of_trajectories(make_model, puzzles, guidance, compaction):
+    counts: list[int] = []
+    settings = config(batch=5, compaction=compaction)
+    rollout(make_model(guidance=guidance), puzzles, settings, progress=counts.append)
+    assert sum(counts) == 21
+    assert min(counts) >= 0
+
+
+def test_no_puzzles_give_no_trajectories(model, puzzles):
+    empty = rollout(model, Puzzles([], puzzles.inputs[:0]), config())
+    assert empty.prediction.shape == (1, 0, 16)
+
+
+def test_bfloat16_rollouts_are_close_to_float32(model, puzzles):
+    settings = {"depth": 1, "halting": False}
+    wide = rollout(model, puzzles, config(**settings))
+    narrow = rollout(model, puzzles, config(precision="bf16", **settings))
+    assert (wide.prediction == narrow.prediction).mean() > 0.9
+    assert not np.array_equal(wide.value, narrow.value)
+
+
+def test_depths_are_sorted_and_unique():
+    assert SampleConfig(depth=4, depths=(8, 2, 4)).all_depths == (2, 4, 8)
+
+
+@pytest.mark.parametrize("key", ["depth", "width", "batch"])
+def test_nothing_to_sample_is_an_error_that_names_the_key(key):
+    with pytest.raises(ConfigError, match=rf"^sample\.{key}: "):
+        load(SampleConfig, {key: 0}, "sample")

@@ -1,0 +1,81 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gram_core.noise import batch_noise, step_noise, training_noise, trajectory_key
+
+SHAPE = (2, 3, 4)
+
+
+def draw(seed: int = 0, puzzle: str = "a", trajectory: int = 0, step: int = 0) -> np.ndarray:
+    return step_noise(trajectory_key(seed, puzzle, trajectory), step, SHAPE)
+
+
+def test_noise_is_a_pure_function_of_its_keys():
+    first = draw()
+    draw(step=5)
+    np.random.standard_normal(7)
+    assert np.array_equal(first, draw())
+    assert first.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"puzzle": "b"}, {"trajectory": 1}, {"step": 1}, {"puzzle": "a0"}]
+)
+def test_each_key_changes_all_of_the_noise(other):
+    assert not (draw() == draw(**other)).any()
+
+
+def test_keys_whose_digits_run_together_are_different():
+    keys = [trajectory_key(1, "1", 11), trajectory_key(1, "11", 1), trajectory_key(11, "1", 1)]
+    assert len({key.tobytes() for key in keys}) == 3
+
+
+def test_noise_is_standard_normal_and_uncorrelated_between_steps():
+    key, count = trajectory_key(0, "a", 0), 200_000
+    x, y = (step_noise(key, step, (count,)).astype(float) for step in (0, 1))
+    # Standard errors: mean 1/sqrt(n), variance sqrt(2/n), fourth moment sqrt(96/n); five of each.
+    assert abs(x.mean()) < 5 / math.sqrt(count)
+    assert abs(x.var() - 1) < 5 * math.sqrt(2 / count)
+    assert abs((x**4).mean() - 3) < 5 * math.sqrt(96 / count)
+    assert abs((x * y).mean()) < 5 / math.sqrt(count)
+
+
+def test_batch_noise_gives_each_row_its_own_noise_whatever_its_neighbours():
+    keys = [trajectory_key(0, "a", t) for t in range(3)]
+    steps = [4, 0, 2]
+    out = batch_noise(keys, steps, SHAPE)
+    assert out.shape == (2, 3, 3, 4)
+    for row in range(3):
+        assert np.array_equal(out[:, row].numpy(), step_noise(keys[row], steps[row], SHAPE))
+    swapped = batch_noise(keys[::-1], steps[::-1], SHAPE)
+    assert torch.equal(swapped.flip(1), out)
+
+
+def test_a_step_missing_for_a_row_is_an_error():
+    with pytest.raises(ValueError, match="shorter"):
+        batch_noise([trajectory_key(0, "a", 0)] * 2, [0], SHAPE)
+
+
+def test_training_noise_is_pure_and_differs_by_seed_iteration_and_rank():
+    first = training_noise(0, 0, 0, (50,))
+    torch.manual_seed(123)
+    assert torch.equal(first, training_noise(0, 0, 0, (50,)))
+    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        assert not (first == training_noise(*other, (50,))).any()
+
+
+def test_training_noise_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    training_noise(0, 0, 0, (10,))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_training_noise_is_standard_normal():
+    x = training_noise(0, 3, 1, (200_000,)).double()
+    assert abs(float(x.mean())) < 5 / math.sqrt(200_000)
+    assert abs(float(x.var()) - 1) < 5 * math.sqrt(2 / 200_000)

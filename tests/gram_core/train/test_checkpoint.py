@@ -1,0 +1,208 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gram_core.train.checkpoint import CheckpointError, Checkpoints, Progress
+from gram_core.train.ema import EMA
+
+
+def assert_same_end(run, other) -> None:
+    """Weights, averages, optimiser and history agree bit for bit."""
+    ours, theirs = run.engine.model.state_dict(), other.engine.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(map(torch.equal, run.ema.average, other.ema.average))
+    assert run.ema.steps == other.ema.steps
+    moments = [one.engine.optimizer.state_dict()["state"] for one in (run, other)]
+    assert moments[0].keys() == moments[1].keys()
+    for index, state in moments[0].items():
+        for name, value in state.items():
+            assert torch.equal(value, moments[1][index][name])
+    assert run.progress.history == other.progress.history
+
+
+def kill(run, folder: Path, at: int = 5) -> None:
+    """Train until the iteration `at` and stop dead there."""
+    with pytest.raises(KeyboardInterrupt):
+        run.go(Checkpoints(folder, "a"), kill_at=at)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model_settings": {"guidance": "none"}},
+        {
+            "model_settings": {"N_sup": 4},
+            "halting": True,
+            "halt_bias": 1.0,
+            "exploration": 0.5,
+            "ema_warmup": False,
+        },
+    ],
+    ids=["gram", "twin", "halting"],
+)
+def test_a_killed_run_ends_as_an_unbroken_one(make_run, tmp_path, settings):
+    unbroken = make_run(**settings).go()
+    kill(make_run(**settings), tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000003"]
+    resumed = make_run(**settings).go(Checkpoints(tmp_path, "a"))
+    assert_same_end(unbroken, resumed)
+    # The rows of before the kill are told again.
+    assert resumed.reported == unbroken.reported
+    assert [row["step"] for row in resumed.reported] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_with_checkpoints_is_the_run_without(make_run, tmp_path):
+    assert_same_end(make_run().go(), make_run().go(Checkpoints(tmp_path, "a")))
+
+
+def test_a_resumed_run_takes_up_the_newest_checkpoint_and_keeps_no_other(make_run, tmp_path):
+    settings = {"steps": 8, "checkpoint_every": 2}
+    kill(make_run(**settings), tmp_path, at=7)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000006"]
+    run = make_run(**settings)
+    progress = Checkpoints(tmp_path, "a").resume(run.engine, run.slots, fresh_ema(run))
+    assert progress.iteration == 6
+    assert [row["step"] for row in progress.history] == [1, 2, 3, 4, 5, 6]
+
+
+def fresh_ema(run) -> EMA:
+    return EMA(run.engine.model.parameters(), run.config.ema, run.config.ema_warmup)
+
+
+def resume(run, folder: Path, fingerprint: str = "a") -> Progress:
+    return Checkpoints(folder, fingerprint).resume(run.engine, run.slots, fresh_ema(run))
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(make_run, tmp_path):
+    kill(make_run(), tmp_path)
+    run = make_run()
+    before = {k: v.clone() for k, v in run.engine.model.state_dict().items()}
+    assert resume(run, tmp_path, "b") == Progress(0, [])
+    assert all(torch.equal(v, before[k]) for k, v in run.engine.model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed(make_run, tmp_path):
+    kill(make_run(), tmp_path)
+    edit_meta(tmp_path, version=0)
+    assert resume(make_run(), tmp_path).iteration == 0
+
+
+def edit_meta(folder: Path, **changes) -> None:
+    path = folder / "step-0000003" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_without_a_checkpoint_a_run_starts_at_the_beginning(make_run, tmp_path):
+    assert resume(make_run(), tmp_path / "none") == Progress(0, [])
+
+
+def test_another_number_of_workers_is_refused(make_run, tmp_path):
+    kill(make_run(), tmp_path)
+    edit_meta(tmp_path, world=4)
+    with pytest.raises(CheckpointError, match=r"step-0000003: made by 4 workers, this run has 1"):
+        resume(make_run(), tmp_path)
+
+
+def test_a_half_written_checkpoint_is_ignored_and_overwritten(make_run, tmp_path):
+    kill(make_run(), tmp_path)
+    whole, partial = tmp_path / "step-0000003", tmp_path / ".step-0000006.partial"
+    shutil.copytree(whole, partial)
+    (partial / "meta.json").write_text("{")
+    assert resume(make_run(), tmp_path).iteration == 3
+    # And what a killed save left of this very step does not stop the next save.
+    shutil.rmtree(whole)
+    (tmp_path / ".step-0000003.partial").mkdir()
+    (tmp_path / ".step-0000003.partial" / "rubbish").write_text("")
+    kill(make_run(), tmp_path)
+    assert not (whole / "rubbish").exists()
+    assert (whole / "meta.json").exists()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+FILES = [
+    "meta.json", "ema.safetensors", "slots-0.safetensors", "weights.safetensors",
+    "optimizer.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [truncate, Path.unlink], ids=["truncated", "missing"])
+def test_a_damaged_checkpoint_is_one_line_that_names_the_folder(make_run, tmp_path, name, damage):
+    kill(make_run(), tmp_path)
+    folder = tmp_path / "step-0000003"
+    damage(folder / name)
+    with pytest.raises(CheckpointError) as caught:
+        resume(make_run(), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: damaged checkpoint (")
+    assert "delete the folder" in message
+    assert "\n" not in message
+
+
+def test_metadata_without_a_key_is_damage(make_run, tmp_path):
+    kill(make_run(), tmp_path)
+    path = tmp_path / "step-0000003" / "meta.json"
+    path.write_text(json.dumps({"version": 1, "fingerprint": "a", "world": 1}))
+    with pytest.raises(CheckpointError, match="damaged checkpoint"):
+        resume(make_run(), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(make_run, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"file/step-0000003: checkpoint not written: "):
+        make_run().go(Checkpoints(blocked, "a"))
+    assert blocked.read_text() == "not a folder"
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(make_run, tmp_path, monkeypatch):
+    run = make_run()
+    kill(run, tmp_path)
+
+    def full_disk(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.engine, "save", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        Checkpoints(tmp_path, "a").save(run.engine, run.slots, fresh_ema(run), Progress(6, []))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000003"]
+
+
+def test_clear_removes_all_checkpoints_and_does_not_mind_none(make_run, tmp_path):
+    kill(make_run(), tmp_path / "run")
+    Checkpoints(tmp_path / "run", "").clear()
+    assert not (tmp_path / "run").exists()
+    Checkpoints(tmp_path / "run", "").clear()
+
+
+def test_each_worker_saves_and_restores_its_own_slots(make_run, tmp_path):
+    """Rank 1 writes its slots beside those of rank 0, which alone moves the folder into place."""
+    first, second = make_run(), make_run()
+    second.engine.rank = 1
+    for run, iterations in ((first, 2), (second, 3)):
+        run.engine.world = 2
+        for _ in range(iterations):
+            run.slots.refill()
+            run.slots.ended[:] = True
+    checkpoints, progress = Checkpoints(tmp_path, "a"), Progress(3, [])
+    # Workers meet at barriers; here rank 1 saves while rank 0 waits at its second one.
+    calls = iter(
+        [lambda: checkpoints.save(second.engine, second.slots, fresh_ema(second), progress)]
+    )
+    first.engine.barrier = lambda: next(calls, lambda: None)()
+    checkpoints.save(first.engine, first.slots, fresh_ema(first), progress)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000003"]
+    for saved in (first, second):
+        fresh = make_run()
+        fresh.engine.rank, fresh.engine.world = saved.engine.rank, 2
+        assert checkpoints.resume(fresh.engine, fresh.slots, fresh_ema(fresh)).iteration == 3
+        assert fresh.slots.position == saved.slots.position
+        assert fresh.slots.row.tolist() == saved.slots.row.tolist()
+    assert first.slots.position != second.slots.position

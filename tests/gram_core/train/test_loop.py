@@ -1,0 +1,154 @@
+import math
+
+import pytest
+import torch
+
+from gram_core.config import ConfigError, load
+from gram_core.model.gram import ModelConfig
+from gram_core.noise import training_noise
+from gram_core.train.loop import (
+    TrainConfig,
+    TrainingError,
+    final_metrics,
+    means,
+    supervision_steps,
+    transitions,
+)
+from gram_core.train.objective import Terms
+from gram_core.train.optim import learning_rate
+
+# Reconstruction, KL and halt loss of the first five iterations. They guard refactorings, which may
+# not change them. A deliberate change of the mathematics may, and then writes them anew.
+GOLDEN = [
+    (1.418083, 0.0, 0.00671530),
+    (1.205413, 0.01018516, 0.00640082),
+    (0.672311, 0.09974715, 0.00609541),
+    (0.404134, 0.3615196, 0.00533009),
+    (0.321999, 1.0509026, 0.00509977),
+]
+
+
+def test_the_loss_curve_is_the_recorded_one(make_run):
+    run = make_run(steps=5).go()
+    curve = [
+        tuple(row[name] for name in ("reconstruction", "kl", "halt_loss")) for row in run.reported
+    ]
+    for row, golden in zip(curve, GOLDEN, strict=True):
+        assert row == pytest.approx(golden, rel=1e-3, abs=1e-6)
+
+
+def test_training_fits_a_few_boards(make_run):
+    losses = [row["reconstruction"] for row in make_run(steps=40).go().reported]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_an_iteration_is_one_supervision_step_and_one_optimiser_step(make_run):
+    """Three iterations, with the parts called by hand in the order that the loop promises."""
+    run, hand = make_run(steps=3).go(), make_run(steps=3)
+    model = hand.engine.model
+    average = [p.detach().clone() for p in model.parameters()]
+    for iteration in range(3):
+        hand.slots.refill()
+        noise = training_noise(0, iteration, 0, (2, 6, 18, 16))
+        result = hand.engine.forward(hand.slots.batch(), noise)
+        hand.engine.step(result.loss, learning_rate(hand.config.optim, iteration, 3))
+        decay = min(0.9, (1 + iteration) / (10 + iteration))
+        for a, p in zip(average, model.parameters(), strict=True):
+            a.copy_(decay * a + (1 - decay) * p.detach())
+        hand.slots.absorb(result)
+    for ours, theirs in zip(
+        run.engine.model.parameters(), hand.engine.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(run.ema.average, average, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_logged_row_is_the_mean_of_the_iterations_since_the_last(make_run):
+    single = make_run(steps=5).go().reported
+    joined = make_run(steps=5, log_every=3, checkpoint_every=3).go().reported
+    assert [row["step"] for row in joined] == [3, 5]
+    for row, part in zip(joined, (single[:3], single[3:]), strict=True):
+        # Every iteration has as many charged rows, so the mean of means is the mean.
+        expected = sum(one["kl"] for one in part) / len(part)
+        assert row["kl"] == pytest.approx(expected, rel=1e-5)
+        assert row["lr"] == part[-1]["lr"]
+
+
+def test_the_carry_outlives_an_iteration_and_halting_can_end_it(make_run):
+    run = make_run(steps=2)
+    run.go()
+    # After two iterations of N_sup = 2, the slots that were not cut short have ended.
+    assert run.slots.step.tolist() == [1, 2, 1, 2, 1, 2]
+    assert run.slots.ended.tolist() == [False, True] * 3
+
+
+def test_without_deep_supervision_a_trajectory_is_one_iteration(make_run):
+    run = make_run(model_settings={"deep_supervision": False}, steps=2).go()
+    assert run.slots.ended.all()
+    assert run.slots.steps == 1
+    config = ModelConfig(deep_supervision=False, T=3, N_sup=16)
+    assert (supervision_steps(config), transitions(config)) == (1, 48)
+    assert (supervision_steps(ModelConfig()), transitions(ModelConfig())) == (16, 3)
+
+
+def test_a_loss_that_is_not_finite_stops_training(make_run):
+    run = make_run()
+    with torch.no_grad():
+        run.engine.model.decoder.weight[0, 0] = math.nan
+    with pytest.raises(TrainingError, match=r"not finite at iteration 1: .*train\.optim\.lr") as e:
+        run.go()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 10, "workers": 3}, "batch 10 must be a multiple of workers 3"),
+        ({"log_every": 50, "checkpoint_every": 70}, "checkpoint_every 70 must be a multiple"),
+        ({"engine": "plain", "workers": 2}, "engine: plain is one process"),
+        ({"prior_slots": 1.0}, "prior_slots 1 leaves no slot"),
+        ({"prior_slots": 1.5}, "<= 1"),
+        ({"steps": 0}, ">= 1"),
+        ({"precision": "fp16"}, "fp16"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(TrainConfig, settings, "params.yaml: runs.a.train")
+    assert str(caught.value).startswith("params.yaml: runs.a.train")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "share", "guidance", "rows"),
+    [
+        (768, 1, 0.125, "full", 96),
+        (768, 8, 0.125, "full", 12),
+        (4, 1, 0.125, "full", 1),
+        (4, 1, 0.99, "full", 3),
+        (1, 1, 0.5, "full", 0),
+        (768, 1, 0.0, "full", 0),
+        (768, 1, 0.125, "none", 0),
+    ],
+)
+def test_prior_rows_are_the_share_but_never_none_and_never_all(
+    batch, workers, share, guidance, rows
+):
+    config = TrainConfig(batch=batch, workers=workers, prior_slots=share)
+    assert config.prior_rows(ModelConfig(guidance=guidance)) == rows
+
+
+def test_terms_that_did_not_occur_are_left_out_of_a_row():
+    stacked = torch.zeros(len(Terms.names), 2)
+    stacked[Terms.names.index("kl")] = torch.tensor([6.0, 4.0])
+    assert means(stacked) == {"kl": 1.5}
+
+
+def test_final_metrics_are_means_of_the_last_rows_that_have_the_term():
+    history = [{"step": i, "lr": 1.0, "kl": float(i)} for i in range(10)]
+    history[8]["exact"] = 0.5
+    history[1]["prior_exact"] = 0.7
+    assert final_metrics(history) == {"kl": 7.0, "exact": 0.5}
+    assert final_metrics(history, last=2)["kl"] == 8.5
+    assert final_metrics(history[:2], last=5)["kl"] == 0.5

@@ -1,0 +1,147 @@
+import pytest
+import torch
+
+from gram_core.config import ConfigError, load
+from gram_core.train.objective import ObjectiveConfig, Terms, supervise
+
+# Model settings, objective settings, slots that follow the prior.
+CASES = {
+    "rollout prior": ({}, {}, 2),
+    "no prior slots": ({}, {}, 0),
+    "rollout posterior": ({}, {"rollout": "posterior"}, 2),
+    "kl at every transition": ({}, {"rollout": "posterior", "kl": "every"}, 2),
+    "kl mean over width": ({}, {"kl_reduction": "mean"}, 2),
+    "free bits": ({}, {"free_bits": 0.9, "kl_reduction": "mean"}, 1),
+    "unbalanced": ({}, {"balance": 0.5}, 1),
+    "stablemax": ({}, {"cross_entropy": "stablemax"}, 2),
+    "guidance none": ({"guidance": "none"}, {}, 0),
+    "guide only": ({"guidance": "guide_only"}, {}, 2),
+    "stochastic only": ({"guidance": "stochastic_only"}, {}, 2),
+    "concat posterior": ({"posterior": "concat", "sigma": "exp"}, {}, 2),
+    "one loss through the whole trajectory": ({"deep_supervision": False}, {}, 2),
+    "whole trajectory under the posterior": (
+        {"deep_supervision": False},
+        {"rollout": "posterior", "kl": "every"},
+        2,
+    ),
+    "q learning": ({"halting": "q_learning", "head_input": "mean"}, {}, 4),
+    "heads on the posterior": ({}, {"heads_on": "posterior"}, 2),
+    "heads on the posterior without prior slots": ({}, {"heads_on": "posterior"}, 0),
+    "value learns token accuracy": ({}, {"value_target": "token", "halt_target": "exact"}, 4),
+    "value learns exactness": ({}, {"value_target": "exact"}, 4),
+    "flat mixer without prefix": (
+        {"hierarchical": False, "core": "mixer", "prefix_tokens": 0},
+        {},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_supervise_is_equation_14_example_by_example(
+    case, make_model, make_batch, reference, verify
+):
+    settings, objective, prior_rows = CASES[case]
+    model = make_model(N_sup=3, **settings)
+    config = ObjectiveConfig(beta=0.4, halt_weight=0.7, value_weight=0.3, **objective)
+    batch, noise = make_batch(model, 6 if not model.config.deep_supervision else 3)
+
+    result = supervise(model, config, verify, batch, noise, prior_rows)
+    expected = reference(model, config, batch, noise, prior_rows)
+
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.state.h, expected.h, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.trace, expected.trace, rtol=1e-4, atol=1e-5)
+    for name, (total, count) in zip(Terms.names, result.terms.tolist(), strict=True):
+        wanted = expected.terms.get(name, (0.0, 0.0))
+        assert (total, count) == pytest.approx(wanted, rel=1e-4, abs=1e-6), name
+
+    # The gradients too, of every parameter: what is detached, and where, is part of the equation.
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(result.loss, parameters, allow_unused=True)
+    theirs = torch.autograd.grad(expected.loss, parameters, allow_unused=True)
+    for (name, _), g, e in zip(model.named_parameters(), ours, theirs, strict=True):
+        zero = torch.zeros(())
+        if g is None or e is None:
+            g, e = (zero if x is None else x.abs().max() for x in (g, e))
+        # Rounding errors of a sum are relative to its largest terms.
+        atol = 1e-4 * float(e.abs().max()) + 1e-7
+        torch.testing.assert_close(g, e, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_cases_tell_the_settings_apart(make_model, make_batch, verify):
+    """Were two settings to give one loss on this batch, the test above would prove nothing."""
+    losses = set()
+    cases = [
+        ({}, {}),
+        ({}, {"rollout": "posterior"}),
+        ({}, {"rollout": "posterior", "kl": "every"}),
+    ]
+    cases += [({}, {key: value}) for key, value in (("free_bits", 3.0), ("beta", 0.1))]
+    cases += [({}, {"cross_entropy": "stablemax"}), ({}, {"value_target": "token"})]
+    cases += [({"halting": "q_learning"}, {}), ({}, {"heads_on": "posterior"})]
+    for settings, objective in cases:
+        model = make_model(N_sup=3, **settings)
+        batch, noise = make_batch(model, 3)
+        config = ObjectiveConfig(**{"beta": 0.4, **objective})
+        losses.add(round(supervise(model, config, verify, batch, noise, 3).loss.item(), 5))
+    assert len(losses) == len(cases)
+
+
+def test_balance_changes_no_loss(make_model, make_batch, verify):
+    model = make_model(N_sup=3)
+    batch, noise = make_batch(model)
+    losses = [
+        supervise(model, ObjectiveConfig(balance=b), verify, batch, noise, 2).loss.item()
+        for b in (0.0, 0.5, 1.0)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_what_a_padded_target_position_predicts_changes_no_loss(make_model, make_batch, verify):
+    model = make_model(N_sup=3, core="mixer", prefix_tokens=0)
+    batch, noise = make_batch(model)
+    batch.target[:, 5] = 0
+    # The only way from that position's noise to the loss is its own logits.
+    config = ObjectiveConfig(beta=0.0, halt_weight=0.0, value_weight=0.0)
+    other = noise.clone()
+    other[-1, :, 5] += 10.0
+    losses = [supervise(model, config, verify, batch, n, 0).loss.item() for n in (noise, other)]
+    assert losses[0] == losses[1]
+    other[-1, :, 6] += 10.0
+    assert supervise(model, config, verify, batch, other, 0).loss.item() != losses[0]
+
+
+def test_the_halt_decision_is_the_heads_on_the_final_state(make_model, make_batch, verify):
+    model = make_model(N_sup=3)
+    batch, noise = make_batch(model)
+    with torch.no_grad():
+        model.halt.map.bias.zero_()
+    result = supervise(model, ObjectiveConfig(), verify, batch, noise, 2)
+    logit = result.state.h[:, 0] @ model.halt.map.weight[0]
+    assert result.halt.tolist() == (logit > 0).tolist()
+    assert 0 < int(result.halt.sum()) < 6
+
+
+def test_the_mean_of_a_term_is_over_the_examples_in_where():
+    terms = Terms(torch.zeros(()))
+    value = torch.tensor([1.0, 2.0, 6.0])
+    chosen = torch.tensor([True, False, True])
+    assert terms.mean("kl", value, chosen) == 3.5
+    assert terms.mean("exact", value) == 3.0
+    assert terms.mean("value_loss", value, torch.zeros(3, dtype=torch.bool)) == 0.0
+    recorded = dict(zip(Terms.names, terms.stacked().tolist(), strict=True))
+    assert recorded["kl"] == [7.0, 2.0]
+    assert recorded["exact"] == [9.0, 3.0]
+    assert recorded["value_loss"] == [0.0, 0.0]
+    assert recorded["halt_loss"] == [0.0, 0.0]
+
+
+def test_a_term_that_is_reduced_already_is_refused():
+    with pytest.raises(AssertionError, match="one number an example"):
+        Terms(torch.zeros(())).mean("kl", torch.zeros(2, 3))
+
+
+def test_charging_transitions_that_follow_the_prior_is_a_contradiction():
+    with pytest.raises(ConfigError, match=r"^params\.yaml: objective: kl: every .*use kl: last"):
+        load(ObjectiveConfig, {"kl": "every"}, "params.yaml: objective")

@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from gram_core.config import ConfigError, load
+from gram_core.train.optim import OptimConfig, learning_rate, make_optimizer, parameter_groups
+
+
+def names(model, group) -> set[str]:
+    chosen = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def test_matrices_are_decayed_and_embeddings_and_biases_are_not(make_model):
+    model = make_model()
+    decayed, free = parameter_groups(model, OptimConfig(weight_decay=0.3))
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    assert names(model, free) == {
+        "embed_input.weight", "puzzle.weight", "embed_target.weight",
+        "halt.map.bias", "value.map.bias",
+    }  # fmt: skip
+    everything = {name for name, _ in model.named_parameters()}
+    assert names(model, decayed) == everything - names(model, free)
+
+
+def test_decay_all_decays_all(make_model):
+    model = make_model()
+    decayed, free = parameter_groups(model, OptimConfig(decay_all=True))
+    assert names(model, decayed) == {name for name, _ in model.named_parameters()}
+    assert free["params"] == []
+
+
+def test_a_step_is_adamw_written_out(make_model):
+    config = OptimConfig(lr=0.01, beta1=0.8, beta2=0.95, weight_decay=0.5)
+    model = make_model()
+    optimizer = make_optimizer(model, config)
+    torch.manual_seed(0)
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    m = {name: torch.zeros_like(p) for name, p in expected.items()}
+    v = {name: torch.zeros_like(p) for name, p in expected.items()}
+    _, free = parameter_groups(model, config)
+    spared = names(model, free)
+    for t in (1, 2, 3):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            g = p.grad.double()
+            m[name] = 0.8 * m[name] + 0.2 * g
+            v[name] = 0.95 * v[name] + 0.05 * g * g
+            decay = 0.0 if name in spared else 0.5
+            step = (m[name] / (1 - 0.8**t)) / ((v[name] / (1 - 0.95**t)).sqrt() + 1e-8)
+            expected[name] = expected[name] * (1 - 0.01 * decay) - 0.01 * step
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_warms_up_linearly_and_stays():
+    config = OptimConfig(lr=2.0, warmup=4)
+    rates = [learning_rate(config, step, 100) for step in (0, 1, 3, 4, 50, 99)]
+    assert rates == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_the_cosine_falls_from_the_peak_to_its_share():
+    config = OptimConfig(lr=2.0, warmup=10, schedule="cosine", final_lr=0.1)
+    assert learning_rate(config, 9, 110) == 2.0
+    assert learning_rate(config, 10, 110) == pytest.approx(2.0)
+    assert learning_rate(config, 60, 110) == pytest.approx(2.0 * 0.55)
+    third = 2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(config, 35, 110) == pytest.approx(third)
+    assert learning_rate(config, 110, 110) == pytest.approx(0.2)
+    assert learning_rate(config, 500, 110) == pytest.approx(0.2)
+
+
+def test_without_warmup_the_first_step_has_the_full_rate():
+    assert learning_rate(OptimConfig(lr=2.0, warmup=0), 0, 10) == 2.0
+
+
+def test_a_run_shorter_than_its_warmup_only_warms_up():
+    config = OptimConfig(lr=2.0, warmup=10, schedule="cosine")
+    assert [learning_rate(config, s, 5) for s in (0, 4)] == [0.2, 1.0]
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", 0.0), ("beta1", 1.5), ("weight_decay", -1.0)])
+def test_values_out_of_range_name_the_key(key, value):
+    with pytest.raises(ConfigError, match=rf"^optim\.{key}: "):
+        load(OptimConfig, {key: value}, "optim")

@@ -1,0 +1,141 @@
+"""The `gram` command, as a person meets it."""
+
+from pathlib import Path
+
+import pytest
+from workspace import make_data, params, write_params
+
+from gram_core.errors import GramError
+from gram_core.tasks.nqueens import NQueens
+from gram_core.tasks.registry import make_task
+from pipelines.cli import main
+from pipelines.params import load_run
+from pipelines.train import train_run
+
+# Two completions: columns 0 2 4 1 3 and 0 3 1 4 2.
+CORNER = "Q....|.....|.....|.....|....."
+ATTACKED = "QQ...|.....|.....|.....|....."
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned to complete 5x5 boards."""
+    path = tmp_path_factory.mktemp("cli")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(path)
+    try:
+        document = params(
+            tasks__queens__remove=[3, 4],
+            tasks__queens__split__test=0.1,
+            runs__tiny__model__dim=32,
+            runs__tiny__model__ffn=64,
+            runs__tiny__train__steps=600,
+            runs__tiny__train__batch=32,
+            runs__tiny__train__log_every=100,
+            runs__tiny__train__checkpoint_every=600,
+            runs__tiny__train__ema=0.98,
+            runs__tiny__train__optim__warmup=50,
+            runs__tiny__train__optim__lr=1e-2,
+            runs__tiny__objective__beta=1.5,
+        )
+        write_params(document)
+        make_data()
+        train_run(load_run("tiny"))
+    finally:
+        patch.undo()
+    return path
+
+
+@pytest.fixture
+def at(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def boards(text: str) -> list[str]:
+    """The boards that `gram solve` printed."""
+    return ["|".join(block.splitlines()[1:]) for block in text.strip().split("\n\n")]
+
+
+def test_solve_prints_distinct_valid_boards(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solve", "tiny", CORNER, "--width", "64"]) == 0
+    out = capsys.readouterr().out
+    found = boards(out)
+    assert len(set(found)) == len(found) >= 1
+    task = make_task(params()["tasks"]["queens"], "task")
+    assert isinstance(task, NQueens)
+    for board in found:
+        assert board[0] == "Q"
+        columns = [row.index("Q") for row in board.split("|")]
+        assert sorted(columns) == list(range(5))
+        assert len({c + r for r, c in enumerate(columns)}) == 5
+        assert len({c - r for r, c in enumerate(columns)}) == 5
+    assert out.startswith("verified, ")
+
+
+def test_solve_reads_a_file(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (at / "board.txt").write_text(CORNER.replace("|", "\n") + "\n")
+    assert main(["solve", "tiny", "board.txt", "--width", "64"]) == 0
+    from_file = capsys.readouterr().out
+    main(["solve", str(at / "models/tiny"), CORNER, "--width", "64"])
+    assert capsys.readouterr().out == from_file
+
+
+def test_solve_says_when_nothing_was_verified(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solve", "tiny", ATTACKED]) == 1
+    captured = capsys.readouterr()
+    assert "not verified" in captured.out
+    assert captured.err.splitlines()[-1].startswith("none of ")
+
+
+@pytest.mark.parametrize(
+    ("board", "words"),
+    [
+        ("Q....|.....", "2 rows, expected 5"),
+        ("QX...|.....|.....|.....|.....", "'X'"),
+        ("", "0 rows"),
+    ],
+)
+def test_solve_refuses_a_malformed_board(
+    at: Path, board: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["solve", "tiny", board]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: puzzle: ")
+    assert words in line
+
+
+def test_info_names_model_and_metrics(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "tiny"]) == 0
+    out = capsys.readouterr().out
+    for words in ("parameters", "nqueens", "best_of_value@3", "prior_valid", "made at revision"):
+        assert words in out
+
+
+def test_sample_is_the_stage(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("results/tiny/trajectories.parquet").read_bytes()
+    assert main(["sample", "tiny"]) == 0
+    assert Path("results/tiny/trajectories.parquet").read_bytes() == before
+    assert "rows" in capsys.readouterr().err
+
+
+def test_unknown_run_is_an_error(at: Path) -> None:
+    with pytest.raises(GramError, match="no such model"):
+        main(["solve", "nobody", CORNER])
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["solve", "tiny", CORNER, "--width", "0"]])
+def test_wrong_usage_exits_with_two(at: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_help_shows_the_command_and_python(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "gram solve" in out
+    assert "Solver.load" in out

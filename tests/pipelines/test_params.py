@@ -1,0 +1,181 @@
+"""params.yaml: what is read, and one clear line for everything that is wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workspace import PARAMS, contents, params, write_params
+
+from gram_core.errors import GramError
+from gram_core.evaluate.metrics import EvaluateConfig
+from gram_core.sample.trajectory import SampleConfig
+from pipelines.evaluate import evaluate
+from pipelines.params import load_run, load_task, read_params
+from pipelines.profiles import compose, main, profiles
+from pipelines.sample import sample_run
+from pipelines.train import Job, train_run
+
+# What is wrong, and the words that the one line must have.
+MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "not yaml": ("runs: [unclosed", ("line", "not valid YAML")),
+    "a tab": ("runs:\n\tgram: 1\n", ("line 2", "not valid YAML")),
+    "a python object": ("runs: !!python/object:os.system {}\n", ("not valid YAML",)),
+    "a key twice": ("tasks: {}\ntasks: {}\n", ("not valid YAML", "duplicate")),
+    "not a mapping": ("- a\n- b\n", ("tasks", "runs")),
+    "empty": ("", ("tasks", "runs")),
+    "no runs": ({"tasks": PARAMS["tasks"]}, ("'runs'",)),
+    "unknown section": ({**PARAMS, "sweep": {}}, ("'sweep'", "tasks, runs")),
+    "a name with a slash": (params(runs={"a/b": {}}), ("'a/b'", "letters")),
+    "run is no mapping": (params(runs__tiny=3), ("runs.tiny", "mapping")),
+    "unknown run key": (params(runs__tiny__modle={}), ("runs.tiny.modle", "unknown key")),
+    "unknown model key": (params(runs__tiny__model__dims=16), ("model.dims", "'dim'")),
+    "no such task": (params(runs__tiny__task="sudoku"), ("runs.tiny.task", "queens")),
+    "task is no name": (params(runs__tiny__task=3), ("runs.tiny.task", "name of a task")),
+    "no such kind": (params(tasks__queens__kind="chess"), ("tasks.queens.kind", "nqueens")),
+    "board too small": (params(tasks__queens__size=3), ("tasks.queens.size", ">= 4")),
+    "board too large": (params(tasks__queens__size=16), ("tasks.queens.size", "<= 15")),
+    "removes all queens": (params(tasks__queens__remove=[5]), ("tasks.queens", "remove", "1..4")),
+    "removes none": (params(tasks__queens__remove=[]), ("tasks.queens", "remove")),
+    "empty test split": (params(tasks__queens__split__test=0.0), ("split.test", "empty")),
+    "split of another kind": (params(tasks__queens__split__by="luck"), ("split.by", "luck")),
+    "text for a number": (params(runs__tiny__train__steps="many"), ("train.steps", "int")),
+    "zero steps": (params(runs__tiny__train__steps=0), ("train.steps", ">= 1")),
+    "negative rate": (params(runs__tiny__train__optim__lr=-1.0), ("train.optim.lr", "> 0")),
+    "heads do not divide": (params(runs__tiny__model__heads=3), ("model", "multiple of 2 * heads")),
+    "batch over workers": (
+        params(runs__tiny__train__workers=3, runs__tiny__train__engine="deepspeed"),
+        ("train", "multiple of workers"),
+    ),
+    "checkpoints between logs": (
+        params(runs__tiny__train__checkpoint_every=3),
+        ("checkpoint_every", "multiple of log_every"),
+    ),
+    "plain with workers": (params(runs__tiny__train__workers=2), ("plain", "workers: 1")),
+    "heads without slots": (params(runs__tiny__train__prior_slots=0.0), ("prior_slots", "heads")),
+    "kl under the prior": (params(runs__tiny__objective__kl="every"), ("kl: every", "rollout")),
+    "width over what is drawn": (
+        params(runs__tiny__evaluate__widths=[1, 9]),
+        ("evaluate.widths", "sample.width"),
+    ),
+    "depth zero": (params(runs__tiny__sample__depth=0), ("sample.depth", ">= 1")),
+}  # fmt: skip
+
+
+def all_stages() -> None:
+    """What the stages check of params.yaml, in their order."""
+    load_task("queens").generate()
+    run = load_run("tiny")
+    Job.of(run)
+    run.section("sample", SampleConfig)
+    run.section("evaluate", EvaluateConfig)
+    evaluate(run)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_params_give_one_line_and_touch_nothing(whole: Path, name: str) -> None:
+    document, words = MALFORMED[name]
+    if isinstance(document, str):
+        Path("params.yaml").write_text(document)
+    else:
+        write_params(document)
+    before = contents(whole)
+    with pytest.raises(GramError) as caught:
+        all_stages()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "params.yaml" in message or "split.test" in message
+    for word in words:
+        assert word in message, message
+    assert contents(whole) == before
+
+
+def test_the_file_itself(folder: Path) -> None:
+    Path("params.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(GramError, match="UTF-8"):
+        read_params()
+    Path("params.yaml").unlink()
+    with pytest.raises(GramError, match=r"params\.yaml: cannot be read"):
+        read_params()
+
+
+def test_unknown_names(folder: Path) -> None:
+    with pytest.raises(GramError, match="no entry 'huge' in 'runs'; there are: tiny"):
+        load_run("huge")
+    with pytest.raises(GramError, match="no entry 'chess' in 'tasks'; there are: queens"):
+        load_task("chess")
+
+
+def test_a_mistake_in_one_run_does_not_stop_another(folder: Path) -> None:
+    document = params()
+    document["runs"]["broken"] = {"task": "nowhere"}
+    write_params(document)
+    assert load_run("tiny").task_name == "queens"
+
+
+def test_stages_stop_where_an_earlier_one_is_missing(data: Path) -> None:
+    with pytest.raises(GramError, match="no such model"):
+        sample_run(load_run("tiny"))
+    train_run(load_run("tiny"))
+    with pytest.raises(GramError, match=r"trajectories\.parquet: no such table"):
+        evaluate(load_run("tiny"))
+    write_params(params(runs__tiny__model__dim=32))
+    with pytest.raises(GramError, match="other model or task settings"):
+        sample_run(load_run("tiny"))
+
+
+def test_committed_params_are_the_default_profile(tmp_path: Path) -> None:
+    compose("cpu", tmp_path / "params.yaml")
+    committed = Path(__file__).parents[2] / "params.yaml"
+    assert (tmp_path / "params.yaml").read_bytes() == committed.read_bytes()
+
+
+@pytest.mark.parametrize("profile", profiles())
+def test_every_profile_is_valid(profile: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    compose(profile, path)
+    for name in read_params(path)["runs"]:
+        run = load_run(name, path)
+        Job.of(run)
+        sample, widths = (
+            run.section("sample", SampleConfig),
+            run.section("evaluate", EvaluateConfig),
+        )
+        assert max(widths.widths) <= sample.width
+
+
+def test_paper_profile_has_the_papers_values(tmp_path: Path) -> None:
+    """B.1, B.2 and Table 7."""
+    path = tmp_path / "params.yaml"
+    compose("paper", path)
+    for name, beta, size, remove in (
+        ("nqueens8_gram", 0.07, 8, (5, 6, 7)),
+        ("nqueens10_gram", 0.045, 10, (7, 8, 9)),
+    ):
+        run = load_run(name, path)
+        job = Job.of(run)
+        model, train, optim = job.model, job.train, job.train.optim
+        assert (model.core, model.layers, model.dim, model.heads, model.ffn) == (
+            "attention", 2, 512, 8, 512,
+        )  # fmt: skip
+        assert (model.K, model.T, model.N_sup) == (4, 3, 16)
+        assert (model.guidance, model.posterior, model.decoder) == ("full", "sum", "linear")
+        assert (model.hierarchical, model.deep_supervision) == (True, True)
+        assert (job.objective.beta, job.objective.balance) == (beta, 0.8)
+        assert (train.batch, train.ema) == (768, 0.9999)
+        assert (optim.lr, optim.weight_decay, optim.clip) == (1e-4, 1.0, 1.0)
+        assert optim.schedule == "constant"
+        config: Any = run.task.config
+        assert (config.size, config.remove, config.split.by) == (size, remove, "input")
+        assert config.split.test == 0.15
+        assert run.section("sample", SampleConfig).width == 20
+
+
+def test_writing_a_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["smoke", "runs.smoke_gram.train.steps=30"]) == 0
+    assert load_run("smoke_gram").entry["train"]["steps"] == 30
+    before = contents(folder)
+    assert main(["huge"]) == 1
+    assert main(["cpu", "runs.nowhere=1"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-2:]
+    assert contents(folder) == before

@@ -1,0 +1,141 @@
+"""Sampling and evaluation through the pipeline: workers do not show, damage does."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from workspace import contents, make_data, make_run, params, write_params
+
+from gram_core import tables
+from gram_core.errors import GramError
+from pipelines.evaluate import evaluate
+from pipelines.params import load_run
+from pipelines.sample import sample_run
+from pipelines.train import train_run
+
+TABLE = Path("results/tiny/trajectories.parquet")
+
+
+def sampled(**changes: object) -> pl.DataFrame:
+    """The trajectories that these sample settings give."""
+    write_params(params(**{f"runs__tiny__sample__{key}": value for key, value in changes.items()}))
+    sample_run(load_run("tiny"))
+    frame = pl.from_arrow(tables.read(TABLE, "trajectories"))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def test_table_has_every_puzzle_trajectory_and_depth(whole: Path) -> None:
+    frame = sampled()
+    puzzles = pl.read_parquet("data/queens/test.parquet")["puzzle_id"].n_unique()
+    keys = frame.select("puzzle_id", "trajectory", "depth")
+    assert len(keys.unique()) == len(keys) == puzzles * 3 * 3
+    assert frame["depth"].unique().sort().to_list() == [1, 2, 3]
+    assert (frame["steps"] <= frame["depth"]).all()
+
+
+def test_batch_and_compaction_do_not_show(whole: Path) -> None:
+    one = sampled(batch=1)
+    for other in (sampled(batch=64), sampled(batch=7, compaction=False)):
+        # Matrix products of another batch size may round otherwise; answers may not change.
+        assert other.drop("value").equals(one.drop("value"))
+        assert other["value"].to_list() == pytest.approx(one["value"].to_list(), abs=1e-5)
+
+
+@pytest.mark.ray
+def test_workers_do_not_show(whole: Path) -> None:
+    here = sampled()
+    one = sampled(workers=1)
+    two = sampled(workers=2)
+    for other in (one, two):
+        assert other.drop("value").equals(here.drop("value"))
+        assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
+
+
+def test_deterministic_twin_gives_one_answer(data: Path) -> None:
+    write_params(params(runs__tiny__model__guidance="none"))
+    found = make_run()
+    frame = pl.read_parquet(TABLE)
+    distinct = frame.group_by("puzzle_id", "depth").agg(pl.col("prediction").n_unique())
+    assert distinct["prediction"].to_list() == [1] * len(distinct)
+    for name in ("coverage", "any_valid", "majority", "best_of_value"):
+        assert found[f"{name}@3"] == found[f"{name}@1"]
+    assert "bound" not in found
+
+
+def test_evaluation_writes_the_contracts_keys(whole: Path) -> None:
+    found = evaluate(load_run("tiny"))
+    assert json.loads(Path("results/tiny/metrics.json").read_text()) == found
+    names = ("any_valid", "majority", "best_of_value", "best_of_verifier", "first_halt", "coverage")
+    for width in (1, 3):
+        for name in (*names, "coverage_pairs", "distinct"):
+            key = f"{name}@{width}"
+            slack = 1e-9  # of the resamples' sums
+            assert found[f"{key}_low"] - slack <= found[key] <= found[f"{key}_high"] + slack
+    assert found["bound"] == pytest.approx(
+        found["bound_reconstruction"] - found["bound_divergence"], rel=1e-6
+    )
+    assert found["bound"] < 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other table", "absent"])
+def test_damaged_tables_are_named_and_nothing_is_lost(whole: Path, damage: str) -> None:
+    content = TABLE.read_bytes()
+    before = {k: v for k, v in contents(whole / "results").items() if "trajectories" not in k}
+    if damage == "truncated":
+        TABLE.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        TABLE.write_bytes(b"")
+    elif damage == "other table":
+        TABLE.write_bytes(Path("data/queens/test.parquet").read_bytes())
+    else:
+        TABLE.unlink()
+    with pytest.raises(GramError, match=r"trajectories\.parquet: ") as caught:
+        evaluate(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+    after = {k: v for k, v in contents(whole / "results").items() if "trajectories" not in k}
+    assert after == before
+
+
+def test_trajectories_of_other_settings_are_refused(whole: Path) -> None:
+    write_params(params(runs__tiny__sample__width=4, runs__tiny__evaluate__widths=[4]))
+    with pytest.raises(GramError, match="every puzzle, trajectory and depth once"):
+        evaluate(load_run("tiny"))
+    write_params(params(tasks__queens__split__seed=9))
+    make_data()
+    with pytest.raises(GramError, match="not in both this table and the test table"):
+        evaluate(load_run("tiny"))
+
+
+def test_damaged_weights_are_named(whole: Path) -> None:
+    path = whole / "models/tiny/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    table = TABLE.read_bytes()
+    with pytest.raises(GramError, match="does not match the checksum"):
+        sample_run(load_run("tiny"))
+    assert TABLE.read_bytes() == table
+
+
+@pytest.mark.parametrize("guidance", ["stochastic_only", "guide_only"])
+def test_ablated_guidance_runs_through(data: Path, guidance: str) -> None:
+    write_params(params(runs__tiny__model__guidance=guidance))
+    found = make_run()
+    assert ("bound" in found) == (guidance == "stochastic_only")
+
+
+def test_flat_recursion_without_deep_supervision_runs_through(data: Path) -> None:
+    write_params(
+        params(runs__tiny__model__hierarchical=False, runs__tiny__model__deep_supervision=False)
+    )
+    found = train_run(load_run("tiny"))
+    assert found["steps"] == 12
+    sample_run(load_run("tiny"))
+    assert evaluate(load_run("tiny"))["bound"] < 0
+
+
+def test_a_cluster_that_is_not_there_is_named(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(GramError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 ") as caught:
+        sampled(workers=1)
+    assert "\n" not in str(caught.value)

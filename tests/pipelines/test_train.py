@@ -1,0 +1,157 @@
+"""Training through the pipeline: both engines, a killed run, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+from workspace import child_environment, contents, make_data, params, write_params
+
+from gram_core.errors import GramError
+from pipelines.deepspeed_config import deepspeed_config
+from pipelines.params import load_run
+from pipelines.train import Job, train_run
+
+VOLATILE = {"train_seconds"}
+
+
+def outcome(name: str = "tiny") -> tuple[dict[str, float], dict[str, object]]:
+    """Final metrics, and the weights as lists."""
+    metrics = json.loads(Path("models", name, "metrics.json").read_text())
+    weights = load_file(Path("models", name, "model.safetensors"))
+    return (
+        {key: value for key, value in metrics.items() if key not in VOLATILE},
+        {key: tensor.tolist() for key, tensor in weights.items()},
+    )
+
+
+def kill_after_first_checkpoint(name: str) -> None:
+    """Start the stage in a process group of its own and kill it whole, mid-run."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train", name],
+        env=child_environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = Path(".gram/checkpoints", name)
+    for _ in range(1200):
+        if list(folder.glob("step-*")) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    # Ray's workers have a group of their own and end once they miss their node.
+    seen: list[Path] = []
+    while (now := sorted(folder.glob("*"))) != seen:
+        seen = now
+        time.sleep(2)
+
+
+def test_run_leaves_the_contracts_files(whole: Path) -> None:
+    folder = whole / "models/tiny"
+    history = pl.read_csv(folder / "history.csv")
+    assert history["step"].to_list() == [2, 4, 6, 8, 10, 12]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["task"]["kind"] == "nqueens"
+    assert config["provenance"]["threads"] >= 1
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["steps"] == 12
+    assert (folder / "live/plots/metrics/reconstruction.tsv").is_file()
+    assert not (whole / ".gram/checkpoints/tiny").exists()
+
+
+@pytest.mark.parametrize("engine", ["plain", pytest.param("deepspeed", marks=pytest.mark.ray)])
+def test_killed_run_ends_as_an_unbroken_one(folder: Path, engine: str) -> None:
+    write_params(params(runs__tiny__train__engine=engine, runs__tiny__train__steps=400))
+    make_data()
+    train_run(load_run("tiny"))
+    unbroken = outcome()
+    for path in Path("models/tiny").glob("*.*"):
+        path.unlink()
+    kill_after_first_checkpoint("tiny")
+    assert not Path("models/tiny/metrics.json").exists()
+    assert list(Path(".gram/checkpoints/tiny").glob("step-*"))
+    train_run(load_run("tiny"))
+    assert outcome() == unbroken
+
+
+@pytest.mark.ray
+def test_deepspeed_and_plain_engines_agree(data: Path) -> None:
+    train_run(load_run("tiny"))
+    plain = pl.read_csv("models/tiny/history.csv")
+    write_params(params(runs__tiny__train__engine="deepspeed"))
+    train_run(load_run("tiny"))
+    deepspeed = pl.read_csv("models/tiny/history.csv")
+    # The same operations in the same order, but for the place where gradients are clipped.
+    for name in ("reconstruction", "kl", "prior_reconstruction"):
+        assert plain[name].to_list() == pytest.approx(deepspeed[name].to_list(), rel=1e-4)
+
+
+def test_damaged_training_table_is_named(whole: Path) -> None:
+    path = whole / "data/queens/train.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+    before = contents(whole / "models")
+    with pytest.raises(GramError, match=r"train\.parquet: not a readable Parquet file") as caught:
+        train_run(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+    after = contents(whole / "models")
+    assert {k: v for k, v in after.items() if "live" not in k} == {
+        k: v for k, v in before.items() if "live" not in k
+    }
+
+
+def test_damaged_checkpoint_is_named(data: Path) -> None:
+    write_params(params(runs__tiny__train__steps=400))
+    kill_after_first_checkpoint("tiny")
+    (newest,) = sorted(Path(".gram/checkpoints/tiny").glob("step-*"))[-1:]
+    (newest / "ema.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(GramError, match="damaged checkpoint") as caught:
+        train_run(load_run("tiny"))
+    assert str(newest) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("models/tiny/model.safetensors").exists()
+
+
+@pytest.mark.ray
+def test_damaged_checkpoint_is_named_across_ray(data: Path) -> None:
+    write_params(params(runs__tiny__train__engine="deepspeed", runs__tiny__train__steps=400))
+    kill_after_first_checkpoint("tiny")
+    (newest,) = sorted(Path(".gram/checkpoints/tiny").glob("step-*"))[-1:]
+    for path in newest.rglob("*model_states*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(GramError, match="damaged checkpoint") as caught:
+        train_run(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_fails_with_one_line(data: Path) -> None:
+    write_params(params(runs__tiny__train__steps=0))
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train", "tiny"],
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: params.yaml: runs.tiny.train.steps: Expected `int` >= 1"
+    ]
+
+
+def test_deepspeed_config_follows_the_settings(folder: Path) -> None:
+    write_params(
+        params(
+            runs__tiny__train__engine="deepspeed",
+            runs__tiny__train__workers=2,
+            runs__tiny__train__optim__clip=0.5,
+        )
+    )
+    config = deepspeed_config(Job.of(load_run("tiny")).train)
+    assert config["train_batch_size"] == 8
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"] == {"stage": 0}
