@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kl averaged over D": {"kl_reduction": "mean"},
     "beta 0.07": {"beta": 0.07},
     "beta 0.5": {"beta": 0.5},
+    "beta 1": {"beta": 1.0},
     "beta 4": {"beta": 4.0},
     "heads on posterior states": {"heads_on": "posterior"},
     "heads read the first position": {"head_input": "first"},

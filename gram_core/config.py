@@ -13,10 +13,11 @@ import msgspec
 
 from gram_core.errors import GramError
 
+LARGE = 1e12  # keeps infinity out, which JSON has no word for
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
-NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0, le=LARGE)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0, le=LARGE)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 

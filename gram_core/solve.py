@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
+from gram_core.config import dump, load
 from gram_core.model.gram import GRAM
 from gram_core.model.store import ModelError, load_model
 from gram_core.sample.trajectory import SampleConfig, rollout
@@ -64,11 +64,12 @@ class Solver:
     def solve(self, puzzle: str, width: int = 20, **settings: Any) -> list[Answer]:
         """The distinct answers of `width` trajectories: verified ones first, then by the number
         of trajectories that agree, then by value. `settings` override the run's sampling
-        (`depth`, `seed`, `halting`, ...). Raises `TaskError` for a malformed puzzle."""
+        (`depth`, `seed`, `halting`, ...). Raises `TaskError` for a malformed puzzle and
+        `ConfigError` for a setting that cannot be."""
         tokens = self.task.parse(puzzle)
         inputs = torch.from_numpy(tokens)[None]
         changes = {"depths": (), "width": width, **settings}
-        config = msgspec.structs.replace(self.sample, **changes)
+        config = load(SampleConfig, {**dump(self.sample), **changes}, "solve")
         result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs), config)
         predictions = result.prediction[0]
         valid = self.task.verify(inputs.expand(width, -1), torch.from_numpy(predictions))

@@ -87,8 +87,12 @@ def write(path: Path, table: pa.Table, schema: pa.Schema, provenance: Mapping[st
     the metadata as JSON. Raises `TableError` where the columns do not fit the schema."""
     try:
         table = table.select(schema.names).cast(schema)
-    except (KeyError, pa.ArrowInvalid, ValueError) as error:
-        raise TableError(f"{path}: columns do not fit the {_kind(schema)} table: {error}") from None
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise TableError(
+            f"{path}: columns do not fit the {_kind(schema)} table: {reason}"
+        ) from None
+    _check_nulls(path, table)
     metadata = {**(schema.metadata or {}), b"gram.provenance": json.dumps(provenance).encode()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -120,6 +124,7 @@ def read(path: Path, kind: str) -> pa.Table:
             f"this is {name!r}, version {version.decode()!r}"
         )
     _check_columns(path, kind, table.schema)
+    _check_nulls(path, table)
     if len(table) == 0:
         raise TableError(f"{path}: the {kind} table has no rows")
     return table
@@ -159,6 +164,17 @@ def _check_columns(path: Path, kind: str, schema: pa.Schema) -> None:
                 f"{path}: column {field.name!r} is {schema.field(index).type}, "
                 f"the {kind} table wants {field.type}"
             )
+
+
+def _check_nulls(path: Path, table: pa.Table) -> None:
+    """Only the coverage of a puzzle without known solutions may be missing."""
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        missing = column.null_count
+        if pa.types.is_fixed_size_list(column.type):
+            missing += column.flatten().null_count
+        if missing and name != "coverage":
+            raise TableError(f"{path}: column {name!r} has {missing} missing values, none may be")
 
 
 def tokens_array(tokens: Any) -> pa.FixedSizeListArray:

@@ -9,8 +9,9 @@ Shapes: B batch, S content positions, P prefix positions, L = P + S, D width, V 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class ModelConfig(Config, frozen=True, kw_only=True):
     guidance: Guidance = "full"
     posterior: Literal["sum", "concat"] = "sum"
     sigma: Literal["softplus", "exp"] = "softplus"
-    sigma_init: PositiveFloat = 0.1
+    sigma_init: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.1
     sigma_floor: PositiveFloat = 1e-3
     decoder: Literal["linear", "swiglu"] = "linear"
     prefix_tokens: NonNegativeInt = 16

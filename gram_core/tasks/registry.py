@@ -15,7 +15,7 @@ TASKS: dict[str, tuple[type[Config], Callable[[Any], Task]]] = {
 def make_task(mapping: Mapping[str, Any], where: str) -> Task:
     """The task that a mapping with the key `kind` describes. Raises `ConfigError`."""
     kind = mapping.get("kind") if isinstance(mapping, Mapping) else None
-    if kind not in TASKS:
+    if not isinstance(kind, str) or kind not in TASKS:
         raise ConfigError(f"{where}.kind: expected one of {', '.join(TASKS)}, got {kind!r}")
     config_class, task = TASKS[kind]
     try:

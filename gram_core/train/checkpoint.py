@@ -23,6 +23,8 @@ from gram_core.train.engine import Engine
 from gram_core.train.slots import Slots
 
 VERSION = 1
+# What reading a damaged file raises, by the part that is damaged.
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError, TypeError)
 
 
 class CheckpointError(GramError):
@@ -63,9 +65,12 @@ class Checkpoints:
                 self._write_common(partial, engine, ema, progress)
             engine.barrier()
             if engine.rank == 0:
+                # Folders of other settings may lie here too, even under the same name.
+                shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
-                for old in self._all()[:-1]:
-                    shutil.rmtree(old)
+                for old in self._all():
+                    if old != final:
+                        shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"{final}: checkpoint not written: {error}") from None
@@ -113,7 +118,7 @@ class Checkpoints:
             return Progress(meta["iteration"], meta["history"])
         except CheckpointError:
             raise
-        except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        except DAMAGE as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
                 f"{newest}: damaged checkpoint ({reason}); delete the folder to start again"

@@ -113,10 +113,9 @@ class PlainEngine:
         return
 
     def save(self, folder: Path) -> None:
-        save_file(
-            {name: p.detach().contiguous() for name, p in self.model.named_parameters()},
-            folder / "weights.safetensors",
-        )
+        # The state holds z_0 too, which is drawn anew with every model.
+        weights = {name: t.detach().contiguous() for name, t in self.model.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
         moments = {
             f"{index}.{name}": torch.as_tensor(value)
             for index, state in self.optimizer.state_dict()["state"].items()
@@ -125,7 +124,7 @@ class PlainEngine:
         save_file(moments, folder / "optimizer.safetensors")
 
     def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+        self.model.load_state_dict(load_file(folder / "weights.safetensors"))
         saved = self.optimizer.state_dict()
         saved["state"] = {}
         for key, value in load_file(folder / "optimizer.safetensors").items():

@@ -55,7 +55,8 @@ class ObjectiveConfig(Config, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Batch:
-    """The slots at the start of a supervision step."""
+    """The slots at the start of a supervision step; `last` where it ends the trajectory in any
+    case, `may_halt` where the halt head may end it."""
 
     state: State
     inputs: UInt8[Tensor, "B S"]
@@ -63,17 +64,18 @@ class Batch:
     puzzle: Int[Tensor, " B"]
     step: Int[Tensor, " B"]
     last: Bool[Tensor, " B"]
+    may_halt: Bool[Tensor, " B"]
     trace: Float[Tensor, "B N D"]
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What one supervision step leaves behind."""
+    """What one supervision step leaves behind; `ended` where the trajectory is over."""
 
     loss: Float[Tensor, ""]
     state: State
     trace: Float[Tensor, "B N D"]
-    halt: Bool[Tensor, " B"]
+    ended: Bool[Tensor, " B"]
     terms: Float[Tensor, "M 2"]
 
 
@@ -246,21 +248,21 @@ def supervise(
         feature = model.feature(state.h)
         here = torch.arange(batch.trace.shape[1], device=feature.device) == batch.step[:, None]
         trace = torch.where(here[..., None], feature[:, None], batch.trace)
-        wants = model.wants_halt(model.halt(feature))
-        terms.mean("token_accuracy", quality["token"][charged_rows], batch.last[charged_rows])
-        terms.mean("exact", quality["exact"][charged_rows], batch.last[charged_rows])
+        ended = batch.last | (batch.may_halt & model.wants_halt(model.halt(feature)))
+        terms.mean("token_accuracy", quality["token"][charged_rows], ended[charged_rows])
+        terms.mean("exact", quality["exact"][charged_rows], ended[charged_rows])
         prior = slice(None) if twin else slice(0, prior_rows)
         if twin or prior_rows:
-            ended = batch.last[prior]
-            terms.mean("prior_reconstruction", nll[prior].detach(), ended)
-            terms.mean("prior_token_accuracy", quality["token"][prior], ended)
-            terms.mean("prior_exact", quality["exact"][prior], ended)
-            terms.mean("prior_valid", quality["valid"][prior], ended)
+            over = ended[prior]
+            terms.mean("prior_reconstruction", nll[prior].detach(), over)
+            terms.mean("prior_token_accuracy", quality["token"][prior], over)
+            terms.mean("prior_exact", quality["exact"][prior], over)
+            terms.mean("prior_valid", quality["valid"][prior], over)
 
     taught = prior if config.heads_on == "prior" else charged_rows
     if twin or config.heads_on == "posterior" or prior_rows:
         rows_quality = {name: value[taught] for name, value in quality.items()}
         loss = loss + _head_losses(
-            model, config, terms, batch, taught, trace[taught], rows_quality, batch.last[taught]
+            model, config, terms, batch, taught, trace[taught], rows_quality, ended[taught]
         )
-    return Supervision(loss, state.detach(), trace, wants, terms.stacked())
+    return Supervision(loss, state.detach(), trace, ended, terms.stacked())

@@ -111,18 +111,22 @@ class Slots:
             puzzle=self.puzzle,
             step=torch.from_numpy(self.step).to(self.device, non_blocking=True),
             last=torch.from_numpy(self.step + 1 >= self.limit).to(self.device, non_blocking=True),
+            may_halt=torch.from_numpy(self._may_halt()).to(self.device, non_blocking=True),
             trace=self.trace,
         )
+
+    def _may_halt(self) -> np.ndarray:
+        """Where the halt head may end the trajectory with the coming supervision step."""
+        allowed: np.ndarray = (self.step + 1 >= self.floor) & self.halting
+        return allowed
 
     def absorb(self, result: Supervision) -> None:
         """Take over the state after a supervision step and mark the slots that ended."""
         self.state = State(result.state.h.clone(), result.state.l.clone())
         self.trace = result.trace.clone()
         self.step += 1
-        self.ended = self.step >= self.limit
-        if self.halting:
-            wants = result.halt.cpu().numpy()
-            self.ended |= wants & (self.step >= self.floor)
+        # Without halting the steps say it, and nothing waits for the device.
+        self.ended = result.ended.cpu().numpy() if self.halting else self.step >= self.limit
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as tensors."""

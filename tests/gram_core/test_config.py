@@ -33,7 +33,7 @@ def model_configs(draw) -> ModelConfig:
         T=draw(st.integers(1, 9)),
         guidance=draw(st.sampled_from(["full", "stochastic_only", "guide_only", "none"])),
         sigma_floor=floor,
-        sigma_init=floor + draw(positive),
+        sigma_init=min(10.0, floor + draw(positive)),
         prefix_tokens=draw(st.integers(0, 16)),
         rope_base=draw(positive),
     )

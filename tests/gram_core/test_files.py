@@ -35,3 +35,11 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda d: (seen.append(path.read_bytes()), fsync(d)))
     write_atomic(path, b"new")
     assert seen == [b"old"]
+
+
+def test_who_is_reading_the_old_file_reads_it_to_its_end(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with path.open("rb") as reader:
+        write_atomic(path, b"new")
+        assert reader.read() == b"old"

@@ -43,6 +43,13 @@ def test_noise_is_standard_normal_and_uncorrelated_between_steps():
     assert abs((x * y).mean()) < 5 / math.sqrt(count)
 
 
+def test_steps_do_not_read_the_same_stream_at_an_offset():
+    key = trajectory_key(0, "a", 0)
+    first, second = (step_noise(key, step, (1000,)) for step in (0, 1))
+    # Two float32 normals out of a thousand may be equal by chance; a shifted stream repeats all.
+    assert np.isin(second, first).mean() < 0.01
+
+
 def test_batch_noise_gives_each_row_its_own_noise_whatever_its_neighbours():
     keys = [trajectory_key(0, "a", t) for t in range(3)]
     steps = [4, 0, 2]

@@ -103,6 +103,16 @@ def test_a_deterministic_model_has_one_answer(tmp_path, make_model):
     assert answer.count == 7
 
 
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"depth": 0}, "depth"), ({"batch": 0}, "batch"), ({"width": -1}, "width"),
+     ({"depth": "3"}, "depth"), ({"widht": 3}, "width")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(folder, settings, key):
+    with pytest.raises(ConfigError, match=key):
+        Solver.load(folder).solve(PUZZLE, **settings)
+
+
 def test_a_malformed_puzzle_is_refused(folder):
     with pytest.raises(TaskError, match="board has 1 rows, expected 4"):
         Solver.load(folder).solve("Q...")

@@ -183,6 +183,26 @@ def test_every_column_of_another_type_is_named(path, kind):
         assert_one_line(error, path)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("puzzle_id", ["a", None, "c"]), ("inputs", [[1] * 4, None, [1] * 4]),
+     ("inputs", [[1] * 4, [1, 2, None, 1], [1] * 4])],
+)  # fmt: skip
+def test_missing_values_are_refused_in_both_directions(path, name, values):
+    schema = SCHEMAS["dataset"]
+    index = schema.get_field_index(name)
+    table = sample("dataset").set_column(index, name, pa.array(values, schema.field(index).type))
+    with pytest.raises(TableError, match=f"column '{name}' has 1 missing") as caught:
+        tables.write(path, table, schema, {})
+    assert_one_line(caught, path)
+    assert not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(schema.metadata), path)
+    with pytest.raises(TableError, match=f"column '{name}' has 1 missing") as caught:
+        tables.read(path, "dataset")
+    assert_one_line(caught, path)
+
+
 def test_an_empty_table_is_refused(path):
     tables.write(path, sample("dataset").slice(0, 0), SCHEMAS["dataset"], {})
     with pytest.raises(TableError, match="the dataset table has no rows") as error:

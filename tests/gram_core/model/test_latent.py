@@ -99,7 +99,13 @@ def test_samples_have_the_moments_of_the_gaussian():
 
 def test_a_point_mass_samples_its_mean():
     mean = torch.randn(2, 3, 4)
-    assert torch.equal(Gaussian(mean, None).sample(torch.randn(2, 3, 4)), mean)
+    for noise in (torch.randn(2, 3, 4), None):
+        assert torch.equal(Gaussian(mean, None).sample(noise), mean)
+
+
+def test_another_gaussian_needs_noise():
+    with pytest.raises(ValueError, match="needs noise"):
+        gaussian(1).sample(None)
 
 
 def test_a_detached_gaussian_is_equal_and_without_gradient():

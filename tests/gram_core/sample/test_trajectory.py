@@ -169,6 +169,19 @@ def test_a_deterministic_models_trajectories_are_one_trajectory(make_model, puzz
     assert np.array_equal(one.prediction[0], model.decode(state.h).argmax(-1).numpy())
 
 
+def test_guide_only_trajectories_need_no_noise_and_are_all_equal(make_model, puzzles):
+    model = make_model(guidance="guide_only")
+    result = rollout(model, puzzles, config(halting=False))
+    predictions = result.prediction.reshape(7, 3, 16)
+    assert (predictions == predictions[:, :1]).all()
+    state, e_x = model.initial_state(7), model.embed(puzzles.inputs)
+    with torch.no_grad():
+        for _ in range(4 * 2):
+            proposal = model.recursion(state, e_x)
+            state = State(proposal.h + model.prior_head.mean(proposal.h), proposal.l)
+    assert np.array_equal(predictions[:, 0], model.decode(state.h).argmax(-1).numpy())
+
+
 def test_temperature_scales_the_noise(model, puzzles):
     cold = rollout(model, puzzles, config(temperature=0.0, seed=1))
     assert np.array_equal(

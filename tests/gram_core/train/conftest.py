@@ -56,6 +56,7 @@ def make_batch() -> Callable[..., tuple[Batch, Tensor]]:
             puzzle=torch.zeros(slots, dtype=torch.int32),
             step=torch.tensor([2, 1, 0, 2, 1, 0]),
             last=torch.tensor([True, False, True, True, True, False]),
+            may_halt=torch.zeros(slots, dtype=torch.bool),
             trace=torch.randn(slots, STEPS, model.config.dim, generator=generator),
         )
         return batch, torch.stack(noise)

@@ -85,6 +85,25 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(make_run, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in run.engine.model.state_dict().items())
 
 
+@pytest.mark.parametrize("stale", ["step-0000003", "step-0002000"])
+def test_checkpoints_of_other_settings_give_way(make_run, tmp_path, stale):
+    kill(make_run(), tmp_path)
+    if stale != "step-0000003":
+        (tmp_path / "step-0000003").rename(tmp_path / stale)
+    with pytest.raises(KeyboardInterrupt):
+        make_run().go(Checkpoints(tmp_path, "b"), kill_at=5)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000003"]
+    assert resume(make_run(), tmp_path, "b").iteration == 3
+
+
+def test_z0_is_the_checkpoints(make_run, tmp_path):
+    kill(make_run(), tmp_path)
+    run = make_run()
+    with torch.no_grad():
+        run.engine.model.z0_h.add_(1.0)
+    assert_same_end(make_run().go(), run.go(Checkpoints(tmp_path, "a")))
+
+
 def test_a_checkpoint_of_another_version_is_not_resumed(make_run, tmp_path):
     kill(make_run(), tmp_path)
     edit_meta(tmp_path, version=0)
@@ -146,10 +165,11 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_folder(make_run, tmp_pa
     assert "\n" not in message
 
 
-def test_metadata_without_a_key_is_damage(make_run, tmp_path):
+@pytest.mark.parametrize("meta", [{"version": 1, "fingerprint": "a", "world": 1}, [], 3])
+def test_metadata_of_another_form_is_damage(make_run, tmp_path, meta):
     kill(make_run(), tmp_path)
     path = tmp_path / "step-0000003" / "meta.json"
-    path.write_text(json.dumps({"version": 1, "fingerprint": "a", "world": 1}))
+    path.write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="damaged checkpoint"):
         resume(make_run(), tmp_path)
 

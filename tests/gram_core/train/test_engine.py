@@ -90,6 +90,8 @@ def test_without_a_compiler_training_goes_on_uncompiled_and_says_so(make_run, mo
     assert "no C++ compiler" in said[0]
 
 
+# Importing torch's compiler warns of its own use of torch.jit.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 def test_with_a_compiler_the_forward_is_compiled_without_a_word(make_run, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
     said: list[str] = []

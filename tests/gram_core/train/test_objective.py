@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -112,15 +114,43 @@ def test_what_a_padded_target_position_predicts_changes_no_loss(make_model, make
     assert supervise(model, config, verify, batch, other, 0).loss.item() != losses[0]
 
 
-def test_the_halt_decision_is_the_heads_on_the_final_state(make_model, make_batch, verify):
+def test_an_answer_is_exact_whatever_it_says_where_the_target_is_padded(
+    make_model, make_batch, verify
+):
+    model = make_model(N_sup=3, guidance="none")
+    batch, noise = make_batch(model)
+    after = supervise(model, ObjectiveConfig(), verify, batch, noise, 0).state
+    # Take the model's own answers for targets, pad half of each, and get two of them wrong.
+    batch.target[:] = model.decode(after.h).argmax(-1).clamp(min=1).byte()
+    batch.target[:, ::2] = 0
+    right = model.decode(after.h).argmax(-1)[:, 1::2] == batch.target[:, 1::2]
+    expected = right.all(1)
+    expected[[0, 3]] = False
+    batch.target[[0, 3], 1] = 3 - batch.target[[0, 3], 1]
+    terms = supervise(model, ObjectiveConfig(), verify, batch, noise, 0).terms
+    recorded = dict(zip(Terms.names, terms.tolist(), strict=True))
+    assert recorded["exact"] == [float((expected & batch.last).sum()), 4.0]
+    assert recorded["exact"][0] > 0
+
+
+def test_a_trajectory_ends_by_its_steps_or_where_the_halt_head_may_and_does(
+    make_model, make_batch, verify
+):
     model = make_model(N_sup=3)
     batch, noise = make_batch(model)
+    may = torch.tensor([False, True, True, False, True, True])
     with torch.no_grad():
         model.halt.map.bias.zero_()
-    result = supervise(model, ObjectiveConfig(), verify, batch, noise, 2)
+    result = supervise(model, ObjectiveConfig(), verify, replace(batch, may_halt=may), noise, 2)
     logit = result.state.h[:, 0] @ model.halt.map.weight[0]
-    assert result.halt.tolist() == (logit > 0).tolist()
-    assert 0 < int(result.halt.sum()) < 6
+    expected = batch.last | (may & (logit > 0))
+    assert result.ended.tolist() == expected.tolist()
+    # The decision matters for a slot that would go on, and is refused to one that may not.
+    assert (expected & ~batch.last).any()
+    # What is recorded at the end of a trajectory counts the halted ones.
+    recorded = dict(zip(Terms.names, result.terms.tolist(), strict=True))
+    assert recorded["value_loss"][1] == float(expected[:2].sum())
+    assert recorded["exact"][1] == float(expected[2:].sum())
 
 
 def test_the_mean_of_a_term_is_over_the_examples_in_where():

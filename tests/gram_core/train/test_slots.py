@@ -15,10 +15,11 @@ def model(make_model):
 
 
 def step_of(slots: Slots, wants_halt: bool | list[bool] = False, value: float = 0.0) -> Supervision:
-    """What a supervision step would leave behind."""
-    halt = torch.tensor(wants_halt).expand(len(slots))
+    """What a supervision step would leave behind where the halt head says `wants_halt`."""
+    batch = slots.batch()
+    ended = batch.last | (batch.may_halt & torch.tensor(wants_halt))
     state = State(slots.state.h + value, slots.state.l - value)
-    return Supervision(torch.zeros(()), state, slots.trace + value, halt, torch.zeros(11, 2))
+    return Supervision(torch.zeros(()), state, slots.trace + value, ended, torch.zeros(11, 2))
 
 
 def lifetimes(slots: Slots, iterations: int, wants_halt: bool = False):
