@@ -44,7 +44,6 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     checkpoint_every: PositiveInt = 500
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     workers: PositiveInt = 1
-    zero_stage: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if self.batch % self.workers:
