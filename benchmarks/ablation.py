@@ -2,7 +2,8 @@
 
 Each variant changes one setting of a small run on 7x7 N-Queens and is trained with three seeds on
 one thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
-docs/results/ablation.csv as they finish, and a row that is there is not computed again.
+docs/results/ablation.csv as they finish, and a row that is there is not computed again. Ends with
+the table of docs/log.md: means over the seeds, and their range where they differ.
 """
 
 import csv
@@ -125,6 +126,28 @@ def run(change: dict[str, Any], seed: int) -> dict[str, float]:
     }
 
 
+def table() -> str:
+    """The rows so far as Markdown, in per cent; cross-entropy and KL in nats a token."""
+    rows = pl.read_csv(OUT)
+    shown = ("accuracy", "any_valid", "coverage", "coverage_multi", "best_of_value")
+    lines = [
+        "| variant | posterior cross-entropy | KL | one valid | any of 20 | coverage "
+        "| several solutions | best by value |",
+        "|---" * 8 + "|",
+    ]
+    for variant in VARIANTS:
+        its = rows.filter(pl.col("variant") == variant)
+        if its.is_empty():
+            continue
+        cells = [f"{its[name].mean():.3f}" for name in ("posterior_cross_entropy", "kl")]
+        for name in shown:
+            low, high = 100 * its[name].min(), 100 * its[name].max()
+            spread = "" if high - low < 0.5 else f" ({low:.0f}–{high:.0f})"
+            cells.append(f"{100 * its[name].mean():.0f}{spread}")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     """Compute the missing rows; arguments, if any, are the variants to compute."""
     torch.set_num_threads(1)
@@ -144,6 +167,7 @@ def main(arguments: list[str]) -> None:
                     writer.writeheader()
                 writer.writerow(row)
             say(str(row))
+    print(table())
 
 
 if __name__ == "__main__":

@@ -139,36 +139,25 @@ def test_rebuild_is_byte_identical(
         assert (out / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("by", ["input", "orbit"])
 def test_two_tasks_and_the_paper(
-    workspace: Path, runs: Settings, tmp_path: Path, make_workspace: Callable[..., None]
+    workspace: Path, runs: Settings, tmp_path: Path, make_workspace: Callable[..., None], by: str
 ) -> None:
-    """An 8x8 task stands beside the paper; an orbit split says so; charts keep tasks apart."""
+    """An 8x8 task on the paper's split stands beside the paper, on another it does not; charts
+    keep tasks apart."""
     root = tmp_path / "root"
     shutil.copytree(workspace, root)
-    task = {"kind": "nqueens", "remove": [6, 7], "split": {"by": "orbit", "test": 0.05}}
+    task = {"kind": "nqueens", "remove": [6, 7], "split": {"by": by, "test": 0.05}}
     other = {**runs["gram"], "task": "eight"}
-    make_workspace(tmp_path / "eight", {"orbit": other}, task)
+    make_workspace(tmp_path / "eight", {"other": other}, task)
     shutil.copytree(tmp_path / "eight/data/queens", root / "data/eight")
-    shutil.copytree(tmp_path / "eight/models/orbit", root / "models/orbit")
-    shutil.copytree(tmp_path / "eight/results/orbit", root / "results/orbit")
-    build(root, {**runs, "orbit": other}, tmp_path / "out", {"eight": task})
+    shutil.copytree(tmp_path / "eight/models/other", root / "models/other")
+    shutil.copytree(tmp_path / "eight/results/other", root / "results/other")
+    build(root, {**runs, "other": other}, tmp_path / "out", {"eight": task})
     text = (tmp_path / "out/index.html").read_text()
-    for words in ("Not like for like", "99.7", "90.3", "symmetry orbit", "; 0 of the test inputs"):
-        assert words in text
-    assert len(pl.read_csv(tmp_path / "out/tables/paper.csv")) == 8
+    for words in ("Not like for like", "99.7", "90.3"):
+        assert (words in text) == (by == "input"), words
+    for words in ("symmetry orbit", "; 0 of the test inputs"):
+        assert (words in text) == (by == "orbit"), words
+    assert len(pl.read_csv(tmp_path / "out/tables/paper.csv")) == (8 if by == "input" else 0)
     assert len(Page(text).specs) == 8 + 2 * (6 + 3 + 3) + 3
-
-
-def test_unknown_solution_counts_and_one_depth(
-    runs: Settings, tmp_path: Path, make_workspace: Callable[..., None]
-) -> None:
-    """Without solution counts there is no coverage, and the page says so."""
-    sample = {**runs["gram"]["sample"], "depths": []}
-    only = {"gram": {**runs["gram"], "sample": sample}}
-    make_workspace(tmp_path, only, counted=False)
-    build(tmp_path, only, tmp_path / "out")
-    text = (tmp_path / "out/index.html").read_text()
-    assert "No puzzle of these runs has a known number of solutions" in text
-    assert "Coverage, mean over inputs" not in text
-    assert "At 4 supervision steps, a single trajectory is valid for gram" in text
-    assert len(Page(text).specs) == 8 + 4 + 2 + 1
