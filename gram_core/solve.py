@@ -1,7 +1,7 @@
 """Three lines from a trained run to the answers of a puzzle.
 
     from gram_core.solve import Solver
-    solver = Solver.load("models/gram")
+    solver = Solver.load("models/nqueens8_gram")
     answers = solver.solve("Q.......|........|........|...Q....|" + "|".join(["........"] * 4))
 
 Needs torch and a model folder; knows nothing of pipelines.
@@ -49,7 +49,7 @@ class Solver:
         sample: SampleConfig | None = None,
         device: torch.device | None = None,
     ) -> "Solver":
-        """The model and task of a run's folder, e.g. `models/gram`; by default it samples to the
+        """The model and task of a run's folder, e.g. `models/nqueens8_gram`; by default it samples to the
         depth that it was trained to.
 
         Raises `ModelError` for a missing or damaged model.

@@ -7,14 +7,15 @@ from pathlib import Path
 from pipelines.runtime import entry, fail, say
 
 EXAMPLES = """examples:
-  gram solve gram "Q.......|........|........|........|........|........|........|....Q..."
-  gram solve gram board.txt --width 50 --depth 8
-  gram info gram
-  gram sample gram
+  gram solve nqueens8_gram \\
+    "Q.......|........|........|........|........|........|........|....Q..."
+  gram solve nqueens8_gram board.txt --width 50 --depth 8
+  gram info nqueens8_gram
+  gram sample nqueens8_gram
 
 in Python:
   from gram_core.solve import Solver
-  solver = Solver.load("models/gram")
+  solver = Solver.load("models/nqueens8_gram")
   answers = solver.solve("Q.......|........|...", width=20)
 """
 
