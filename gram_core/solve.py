@@ -49,8 +49,8 @@ class Solver:
         sample: SampleConfig | None = None,
         device: torch.device | None = None,
     ) -> "Solver":
-        """The model and task of a run's folder, e.g. `models/nqueens8_gram`; by default it samples to the
-        depth that it was trained to.
+        """The model and task of a run's folder, e.g. `models/nqueens8_gram`; by default it
+        samples to the depth that it was trained to.
 
         Raises `ModelError` for a missing or damaged model.
         """
