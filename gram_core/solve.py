@@ -71,7 +71,7 @@ class Solver:
         changes = {"depths": (), "width": width, **settings}
         config = load(SampleConfig, {**dump(self.sample), **changes}, "solve")
         result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs), config)
-        predictions = result.prediction[0]
+        predictions = self.task.canonical(result.prediction[0])
         valid = self.task.verify(inputs.expand(width, -1), torch.from_numpy(predictions))
         groups: dict[bytes, list[int]] = {}
         for row, prediction in enumerate(predictions):

@@ -5,7 +5,7 @@ Knows where the tables of a task lie; what is in them is the task's.
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
@@ -20,11 +20,12 @@ from gram_core.tasks.base import Split, Task
 from gram_core.tasks.batches import Examples, Puzzles
 from pipelines.params import DATA
 from pipelines.provenance import provenance
+from pipelines.sources import fetch
 
 
-def generate(name: str, task: Task) -> dict[str, int]:
+def generate(name: str, task: Task) -> dict[str, Any]:
     """data/NAME/raw/{train,test}.parquet and metadata.json; the counts in the latter."""
-    split = task.generate()
+    split = task.generate(fetch)
     folder = DATA / name / "raw"
     _write(folder, split, task)
     metadata = json.dumps(split.metadata, indent=2) + "\n"
@@ -66,11 +67,17 @@ def read(path: Path, task: Task) -> pa.Table:
 
 
 def examples(name: str, task: Task, part: Literal["train", "test"]) -> Examples:
-    """The pairs of one table, in its order, as tensors."""
+    """The pairs of one table, in its order, as tensors; training rows with their variants, none
+    of which is a test input."""
     table = read(DATA / name / f"{part}.parquet", task)
     inputs = torch.from_numpy(tables.tokens_numpy(table["inputs"]).copy())
     target = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
-    return Examples(inputs, target, torch.zeros(len(table), dtype=torch.int32))
+    puzzle = torch.zeros(len(table), dtype=torch.int32)
+    if part == "test" or task.variants == 1:
+        return Examples(inputs, target, puzzle)
+    test = tables.tokens_numpy(read(DATA / name / "test.parquet", task)["inputs"])
+    held_out = frozenset(row.tobytes() for row in test)
+    return Examples(inputs, target, puzzle, task.variants, task.vary, held_out)
 
 
 def held_out(name: str, task: Task) -> tuple[Puzzles, dict[str, set[bytes]]]:

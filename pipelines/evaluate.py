@@ -13,14 +13,22 @@ import torch
 from gram_core import tables
 from gram_core.config import ConfigError
 from gram_core.evaluate.bound import bound
-from gram_core.evaluate.metrics import EvaluateConfig, metrics, puzzle_table, ratio, summarise
+from gram_core.evaluate.metrics import (
+    EvaluateConfig,
+    generated,
+    measured,
+    metrics,
+    puzzle_table,
+    ratio,
+    summarise,
+)
 from gram_core.files import write_atomic
 from gram_core.model.store import load_model
 from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tables import TableError
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.dataset import examples, solution_counts
+from pipelines.dataset import examples, held_out, solution_counts
 from pipelines.params import MODELS, RESULTS, Run
 from pipelines.provenance import provenance
 
@@ -46,7 +54,11 @@ def evaluate(run: Run) -> dict[str, float]:
     counts = solution_counts(run.task_name, run.task)
     _check(path, frame, counts.collect(), sample)
     puzzles = puzzle_table(frame.lazy(), counts, config.widths)
-    found = {**metrics(puzzles, sample.depth, config), **_bounds(run, config)}
+    found = {
+        **metrics(puzzles, sample.depth, config),
+        **_own(run, frame.filter(pl.col("depth") == sample.depth), config),
+        **_bounds(run, config),
+    }
     scaling = _scaling(puzzles, sample, config)
     about = {"run": run.name, **provenance()}
     tables.write(folder / "puzzles.parquet", puzzles.to_arrow(), tables.puzzles_schema(), about)
@@ -66,6 +78,31 @@ def _check(path: Path, rows: pl.DataFrame, counts: pl.DataFrame, sample: SampleC
         raise TableError(
             f"{path}: {len(rows)} rows, expected {wanted}: every puzzle, trajectory and depth once"
         )
+
+
+def _own(run: Run, rows: pl.DataFrame, config: EvaluateConfig) -> dict[str, float]:
+    """What the task measures beside validity, and `token_accuracy` where every input has one known
+    answer; of an unconditional task, how different and how new its answers are."""
+    puzzles, targets = held_out(run.task_name, run.task)
+    place = {puzzle_id: i for i, puzzle_id in enumerate(puzzles.ids)}
+    puzzle = np.array([place[puzzle_id] for puzzle_id in rows["puzzle_id"].to_list()])
+    answers = np.array(rows["prediction"].to_list(), dtype=np.uint8)
+    inputs = puzzles.inputs[torch.from_numpy(puzzle)]
+    numbers = run.task.measure(inputs, torch.from_numpy(answers))
+    columns = {name: values.numpy() for name, values in numbers.items()}
+    if all(len(known) == 1 for known in targets.values()):
+        wanted = np.stack([np.frombuffer(min(targets[i]), np.uint8) for i in puzzles.ids])[puzzle]
+        scored = wanted > 0
+        columns["token_accuracy"] = ((answers == wanted) & scored).sum(1) / scored.sum(1)
+    found = measured(rows.with_columns(**_series(columns)), list(columns), config)
+    if not run.task.conditional:
+        known = examples(run.task_name, run.task, "train").target.numpy()
+        found.update(generated(rows, {row.tobytes() for row in known}, config))
+    return found
+
+
+def _series(columns: dict[str, np.ndarray]) -> dict[str, pl.Series]:
+    return {name: pl.Series(name, values) for name, values in columns.items()}
 
 
 def _bounds(run: Run, config: EvaluateConfig) -> dict[str, float]:

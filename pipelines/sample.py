@@ -60,7 +60,7 @@ class Sampler:
         inputs = puzzles.inputs.repeat_interleave(width, dim=0)
         order = np.arange(len(inputs)).repeat(len(result.depths))
         depth = np.tile(np.arange(len(result.depths)), len(inputs))
-        predictions = result.prediction[depth, order]
+        predictions = self.task.canonical(result.prediction[depth, order])
         valid = self.task.verify(inputs[order], torch.from_numpy(predictions)).numpy()
         exact = [
             prediction.tobytes() in known[job // width]

@@ -1,27 +1,59 @@
-"""A dataset table as tensors, and the order in which training reads it.
+"""A dataset table as tensors, its variants, and the order in which training reads them.
 
 The order is a function of (seed, position): a run that is stopped at a position goes on from it
 with nothing else to remember, and N workers read disjoint rows of the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
+
+Vary = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+RETRIES = 8
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Training rows: N of them, S tokens each, and each row's learned puzzle identifier."""
+    """Training rows: N of them, S tokens each, and each row's learned puzzle identifier.
+
+    With `variants` V there are V N examples: number v N + r is variant v of row r, the row itself
+    for v = 0. Variants are made by `vary` (`Task.vary`) when they are read, never stored. One
+    whose input is in `held_out` gives way to another of the same row, and after some tries to the
+    row itself.
+    """
 
     inputs: UInt8[Tensor, "N S"]
     target: UInt8[Tensor, "N S"]
     puzzle: Int[Tensor, " N"]
+    variants: int = 1
+    vary: Vary | None = None
+    held_out: frozenset[bytes] = frozenset()
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.inputs) * self.variants
+
+    def take(self, numbers: np.ndarray) -> "Examples":
+        """The examples of these numbers, one row each."""
+        variant, row = np.divmod(numbers, len(self.inputs))
+        index = torch.from_numpy(row)
+        inputs, target = self.inputs[index], self.target[index]
+        for place in np.flatnonzero(variant):
+            made = self._variant(int(row[place]), int(variant[place]))
+            inputs[place], target[place] = (torch.from_numpy(tokens) for tokens in made)
+        return Examples(inputs, target, self.puzzle[index])
+
+    def _variant(self, row: int, variant: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.vary is not None, "examples with variants say how to make them"
+        own = self.inputs[row].numpy(), self.target[row].numpy()
+        for attempt in range(RETRIES):
+            inputs, target = self.vary(*own, variant + attempt * self.variants)
+            if inputs.tobytes() not in self.held_out:
+                return inputs, target
+        return own
 
 
 @dataclass(frozen=True)
