@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gram_core import tables
 from gram_core.config import load
 from gram_core.evaluate.metrics import EvaluateConfig, puzzle_table, summarise
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.tasks.registry import make_task
@@ -79,7 +79,7 @@ def run(change: dict[str, Any], seed: int) -> dict[str, float]:
     model_config, objective = settings(change)
     config = load(TrainConfig, {**TRAIN, "seed": seed}, "train")
     torch.manual_seed(seed)
-    model = GRAM(model_config, TokenShape(task.length, task.vocab))
+    model = GRAM(model_config, task.shape)
     module = Supervised(
         model,
         objective,

@@ -80,6 +80,17 @@ def examples(name: str, task: Task, part: Literal["train", "test"]) -> Examples:
     return Examples(inputs, target, puzzle, task.variants, task.vary, held_out)
 
 
+def labelled(
+    name: str, task: Task, part: Literal["train", "test"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of one table and their labels, uint8 [N, S] and [N]; an image's label stands in
+    its `group_id` before the slash."""
+    table = read(DATA / name / f"{part}.parquet", task)
+    labels = [int(group.partition("/")[0]) for group in table["group_id"].to_pylist()]
+    images = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
+    return images, torch.tensor(labels, dtype=torch.uint8)
+
+
 def held_out(name: str, task: Task) -> tuple[Puzzles, dict[str, set[bytes]]]:
     """The unique test inputs in the table's order, and the known targets of each."""
     table = read(DATA / name / "test.parquet", task)

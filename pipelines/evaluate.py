@@ -13,6 +13,7 @@ import torch
 from gram_core import tables
 from gram_core.config import ConfigError
 from gram_core.evaluate.bound import bound
+from gram_core.evaluate.images import scores
 from gram_core.evaluate.metrics import (
     EvaluateConfig,
     generated,
@@ -28,7 +29,7 @@ from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tables import TableError
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.dataset import examples, held_out, solution_counts
+from pipelines.dataset import examples, held_out, labelled, solution_counts
 from pipelines.params import MODELS, RESULTS, Run
 from pipelines.provenance import provenance
 
@@ -54,8 +55,12 @@ def evaluate(run: Run) -> dict[str, float]:
     counts = solution_counts(run.task_name, run.task)
     _check(path, frame, counts.collect(), sample)
     puzzles = puzzle_table(frame.lazy(), counts, config.widths)
+    common = metrics(puzzles, sample.depth, config)
+    if not run.task.verifies and not run.task.conditional:
+        # Nothing says what is valid: what is left is how many answers differ, and the steps.
+        common = {k: v for k, v in common.items() if k.startswith(("distinct", "steps"))}
     found = {
-        **metrics(puzzles, sample.depth, config),
+        **common,
         **_own(run, frame.filter(pl.col("depth") == sample.depth), config),
         **_bounds(run, config),
     }
@@ -95,7 +100,12 @@ def _own(run: Run, rows: pl.DataFrame, config: EvaluateConfig) -> dict[str, floa
         scored = wanted > 0
         columns["token_accuracy"] = ((answers == wanted) & scored).sum(1) / scored.sum(1)
     found = measured(rows.with_columns(**_series(columns)), list(columns), config)
-    if not run.task.conditional:
+    if run.task.image is not None:
+        answers_ = torch.from_numpy(answers)
+        train, test = (labelled(run.task_name, run.task, part) for part in ("train", "test"))
+        side, steps = run.task.image[0], config.classifier_steps
+        found.update(scores(answers_, train, test, side, steps=steps, seed=config.seed))
+    elif not run.task.conditional:
         known = examples(run.task_name, run.task, "train").target.numpy()
         found.update(generated(rows, {row.tobytes() for row in known}, config))
     return found

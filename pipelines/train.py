@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.files import write_atomic
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import save_model
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
@@ -80,11 +80,11 @@ def build_module(job: Job, device: str) -> Supervised:
     """A fresh model with its objective, seeded by the run, compiled if the run asks for it."""
     torch.manual_seed(job.train.seed)
     task = job.task
-    model = GRAM(job.model, TokenShape(task.length, task.vocab, task.puzzles)).to(device)
+    model = GRAM(job.model, task.shape).to(device)
     module = Supervised(
         model,
         job.objective,
-        task.verify,
+        task.verify if task.verifies else None,
         prior_rows=job.train.prior_rows(job.model),
         precision=job.train.precision,
     )
@@ -221,7 +221,7 @@ def train_run(run: Run) -> dict[str, float]:
 
 def _write(job: Job, trained: Trained, seconds: float) -> dict[str, float]:
     task = job.task
-    model = GRAM(job.model, TokenShape(task.length, task.vocab, task.puzzles))
+    model = GRAM(job.model, task.shape)
     model.load_state_dict(trained.weights)
     folder = MODELS / job.name
     columns = ["step", "lr", *Terms.names]

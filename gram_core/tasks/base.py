@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gram_core.config import Config
 from gram_core.errors import GramError
+from gram_core.shape import TokenShape
 
 Fetch = Callable[[str], Path]
 """A source as the user names it (a path, `s3://...`, `hf://...`) -> a file on this machine."""
@@ -44,11 +45,20 @@ class Task(ABC):
     config: Config
     length: int
     vocab: int
+    # Height, width and side of a patch, where tokens are the pixels of an image.
+    image: tuple[int, int, int] | None = None
     # Learned puzzle identifiers, and variants of a training row that training may draw.
     puzzles: int = 1
     variants: int = 1
     # Whether answers answer an input; an unconditional task has one, empty input.
     conditional: bool = True
+    # Whether `verify` has rules to check; without, an answer is valid where it is a known target.
+    verifies: bool = True
+
+    @property
+    def shape(self) -> TokenShape:
+        """What a model for this task must fit."""
+        return TokenShape(self.length, self.vocab, self.puzzles, self.image)
 
     @abstractmethod
     def generate(self, fetch: Fetch) -> Split:

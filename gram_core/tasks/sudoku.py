@@ -78,9 +78,7 @@ class Generated(Config, frozen=True, kw_only=True, tag="generate", tag_field="ki
 
     def __post_init__(self) -> None:
         if self.guesses[0] > self.guesses[1]:
-            raise ValueError(
-                f"guesses {list(self.guesses)}: the first is above the second"
-            )
+            raise ValueError(f"guesses {list(self.guesses)}: the first is above the second")
 
 
 class SudokuConfig(Config, frozen=True, kw_only=True, tag="sudoku", tag_field="kind"):
@@ -133,7 +131,7 @@ def random_symmetry(size: int, rng: np.random.Generator) -> Symmetry:
 
 def invariant(puzzles: np.ndarray, size: int) -> np.ndarray:
     """A uint64 for each puzzle [N, S] that no symmetry changes: colour refinement over cells,
-    lines, boxes, bands, stacks and digits. Equivalent puzzles share it; others may, but seldom do."""
+    lines, boxes, bands, stacks and digits. Equivalent puzzles share it; others seldom do."""
     geometry = Geometry.of(size)
     height, width = BOXES[size]
     count = len(puzzles)

@@ -27,7 +27,7 @@ class Supervised(nn.Module):
         self,
         model: GRAM,
         objective: ObjectiveConfig,
-        verify: Verifier,
+        verify: Verifier | None,
         *,
         prior_rows: int,
         precision: Precision,

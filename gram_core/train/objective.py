@@ -134,7 +134,7 @@ def _position_kl(model: GRAM, config: ObjectiveConfig, q: Gaussian, p: Gaussian)
     per_position = balanced_kl(q, p, config.balance)
     if config.kl_reduction == "mean":
         per_position = per_position / model.config.dim
-    return per_position.clamp(min=config.free_bits).sum(-1) / model.shape.length
+    return per_position.clamp(min=config.free_bits).sum(-1) / model.shape.positions
 
 
 def _transitions(
@@ -171,7 +171,7 @@ def _transitions(
             paired = _rows(p, prior_rows)
             charged = charged + _position_kl(model, config, q, paired)
             with torch.no_grad():
-                plain = plain + kl(q, paired).sum(-1) / model.shape.length
+                plain = plain + kl(q, paired).sum(-1) / model.shape.positions
         if t < count - window:
             state = state.detach()
     return state, charged, plain
@@ -216,7 +216,7 @@ def _head_losses(
 def supervise(
     model: GRAM,
     config: ObjectiveConfig,
-    verify: Verifier,
+    verify: Verifier | None,
     batch: Batch,
     noise: Float[Tensor, "T B L D"],
     prior_rows: int,
@@ -225,7 +225,8 @@ def supervise(
     halt and value losses for the rows that `heads_on` names.
 
     The first `prior_rows` slots follow the prior in every transition, as at inference; they send
-    nothing into the recursion. Without guidance every slot is both kinds at once.
+    nothing into the recursion. Without guidance every slot is both kinds at once. Where there is no
+    rule to `verify` by, valid means exact.
     """
     twin = model.config.guidance == "none"
     charged_rows = slice(None) if twin else slice(prior_rows, None)
@@ -240,10 +241,11 @@ def supervise(
 
     with torch.no_grad():
         prediction = logits.argmax(-1).to(torch.uint8)
+        exact = (prediction == batch.target).logical_or(batch.target == 0).all(-1).float()
         quality = {
             "token": token_accuracy(prediction, batch.target),
-            "exact": (prediction == batch.target).logical_or(batch.target == 0).all(-1).float(),
-            "valid": verify(batch.inputs, prediction).float(),
+            "exact": exact,
+            "valid": exact if verify is None else verify(batch.inputs, prediction).float(),
         }
         feature = model.feature(state.h)
         here = torch.arange(batch.trace.shape[1], device=feature.device) == batch.step[:, None]

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.heads import HALT_BIAS
 from gram_core.model.layers import SwiGLU
 from gram_core.sample.trajectory import SampleConfig, rollout
+from gram_core.shape import TokenShape
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.objective import ObjectiveConfig

@@ -73,7 +73,7 @@ def test_random_graphs_are_distinct_colourable_and_as_dense_as_asked() -> None:
 
 
 def test_more_graphs_than_there_are_is_one_clear_error() -> None:
-    with pytest.raises(TaskError, match="8 different|9 different"):
+    with pytest.raises(TaskError, match="9 different"):
         random_graphs(9, 3, 0.5, np.random.default_rng(0))
     assert len(random_graphs(8, 3, 0.5, np.random.default_rng(0))) == 8
 

@@ -214,9 +214,7 @@ def spoilt(rows: dict[str, list[str]], column: str, row: int, text: str) -> dict
     return changed
 
 
-def test_what_is_wrong_is_named_with_its_row(
-    puzzles: dict[str, list[str]], tmp_path: Path
-) -> None:
+def test_what_is_wrong_is_named_with_its_row(puzzles: dict[str, list[str]], tmp_path: Path) -> None:
     question, answer = puzzles["question"][2], puzzles["answer"][2]
     clue = next(i for i, c in enumerate(question) if c != ".")
     other = str(int(question[clue]) % 9 + 1)
