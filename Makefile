@@ -41,9 +41,10 @@ test: $(READY) lint
 test-all: $(READY) lint
 	pytest -m "not gpu" --cov --cov-fail-under=95
 
-## ablation: the table of docs/log.md (rows already in docs/results/ablation.csv are kept)
+## ablation: the tables of docs/log.md (rows already in docs/results/ablation_*.csv are kept)
 ablation: $(READY)
-	OMP_NUM_THREADS=1 python -m benchmarks.ablation
+	OMP_NUM_THREADS=1 python -m benchmarks.ablation settings
+	OMP_NUM_THREADS=1 python -m benchmarks.ablation profile
 
 ## bench: training and sampling speed as ratios
 bench: $(READY)

@@ -1,13 +1,16 @@
-"""The ablations behind the defaults: `python -m benchmarks.ablation`; docs/log.md has the table.
+"""The ablations behind the defaults: `python -m benchmarks.ablation STUDY`; tables in docs/log.md.
 
-Each variant changes one setting of a small run on 7x7 N-Queens and is trained with three seeds on
-one thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
-docs/results/ablation.csv as they finish, and a row that is there is not computed again. Ends with
-the table of docs/log.md: means over the seeds, and their range where they differ.
+`settings` changes one setting at a time of a small, short run on 7x7 N-Queens; `profile` changes
+beta and the learning rate of the CPU profile's own run on 8x8. Each variant is trained with three
+seeds on one thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
+docs/results/ablation_STUDY.csv as they finish, and a row that is there is not computed again. Ends
+with the table of docs/log.md: means over the seeds, and their range where they differ. Further
+arguments name the variants to compute.
 """
 
 import csv
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from gram_core import tables
-from gram_core.config import load
+from gram_core.config import ConfigError, load
 from gram_core.evaluate.metrics import EvaluateConfig, puzzle_table, summarise
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig
@@ -28,56 +31,105 @@ from gram_core.train.objective import ObjectiveConfig
 from pipelines.runtime import entry, say
 from pipelines.sample import Sampler
 
-OUT = Path("docs/results/ablation.csv")
 SEEDS = (0, 1, 2)
-INPUTS = 100
-TASK = {"kind": "nqueens", "size": 7, "remove": [4, 5, 6]}
 MODEL = {
     "dim": 64, "heads": 4, "ffn": 128, "core": "mixer", "K": 2, "T": 2, "N_sup": 4,
     "prefix_tokens": 0, "head_input": "mean",
 }  # fmt: skip
-OBJECTIVE = {"beta": 2.0}
-TRAIN = {
-    "steps": 700, "batch": 64, "ema": 0.99, "log_every": 100, "checkpoint_every": 700,
-    "precision": "bf16",
-    "optim": {"lr": 3e-3, "weight_decay": 0.1, "warmup": 100, "schedule": "cosine"},
+OPTIM = {"weight_decay": 0.1, "warmup": 100, "schedule": "cosine"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A base run and the changes to compare; a change's keys are those of its sections' configs.
+
+    Args:
+        task: the task's entry, as in params.yaml.
+        train: the run's `train` section, without the seed.
+        objective: the run's `objective` section.
+        sample: the run's `sample` section, without width and depth.
+        inputs: number of held-out inputs.
+        variants: name of each variant -> its changes.
+    """
+
+    task: dict[str, Any]
+    train: dict[str, Any]
+    objective: dict[str, Any]
+    sample: dict[str, Any]
+    inputs: int
+    variants: dict[str, dict[str, Any]]
+
+    def configs(
+        self, change: dict[str, Any], seed: int
+    ) -> tuple[ModelConfig, ObjectiveConfig, TrainConfig]:
+        """The base run's model, objective and training with one variant's changes."""
+        model, objective = dict(MODEL), dict(self.objective)
+        optim = dict(self.train["optim"])
+        for key, value in change.items():
+            homes = (model, ModelConfig), (objective, ObjectiveConfig)
+            next((h for h, kind in homes if key in kind.__struct_fields__), optim)[key] = value
+        return (
+            load(ModelConfig, model, "model"),
+            load(ObjectiveConfig, objective, "objective"),
+            load(TrainConfig, {**self.train, "optim": optim, "seed": seed}, "train"),
+        )
+
+
+STUDIES = {
+    "settings": Study(
+        task={"kind": "nqueens", "size": 7, "remove": [4, 5, 6]},
+        train={
+            "steps": 700, "batch": 64, "ema": 0.99, "log_every": 100, "checkpoint_every": 700,
+            "precision": "bf16", "optim": {"lr": 3e-3, **OPTIM},
+        },
+        objective={"beta": 2.0},
+        sample={"halting": False, "precision": "bf16"},
+        inputs=100,
+        variants={
+            "base": {},
+            "rollout posterior, kl last (the paper's literal reading)": {"rollout": "posterior"},
+            "rollout posterior, kl every": {"rollout": "posterior", "kl": "every"},
+            "rollout posterior, kl last, beta 0.07": {"rollout": "posterior", "beta": 0.07},
+            "kl averaged over D": {"kl_reduction": "mean"},
+            "beta 0.07": {"beta": 0.07},
+            "beta 0.5": {"beta": 0.5},
+            "beta 1": {"beta": 1.0},
+            "beta 4": {"beta": 4.0},
+            "heads on posterior states": {"heads_on": "posterior"},
+            "heads read the first position": {"head_input": "first"},
+            "prefix tokens 16": {"prefix_tokens": 16},
+            "posterior by concatenation": {"posterior": "concat"},
+            "attention core": {"core": "attention"},
+        },
+    ),
+    "profile": Study(
+        task={"kind": "nqueens", "size": 8, "remove": [5, 6, 7]},
+        train={
+            "steps": 2400, "batch": 96, "ema": 0.995, "log_every": 100, "checkpoint_every": 2400,
+            "precision": "bf16", "optim": {"lr": 2e-3, **OPTIM},
+        },
+        objective={"beta": 1.5},
+        sample={"halt_threshold": 0.8, "precision": "bf16"},
+        inputs=300,
+        variants={
+            "beta 1.5, lr 2e-3": {},
+            "beta 2, lr 2e-3": {"beta": 2.0},
+            "beta 1.5, lr 4e-3": {"lr": 4e-3},
+            "beta 2, lr 4e-3": {"beta": 2.0, "lr": 4e-3},
+        },
+    ),
 }  # fmt: skip
-VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "rollout posterior, kl last (the paper's literal reading)": {"rollout": "posterior"},
-    "rollout posterior, kl every": {"rollout": "posterior", "kl": "every"},
-    "rollout posterior, kl last, beta 0.07": {"rollout": "posterior", "beta": 0.07},
-    "kl averaged over D": {"kl_reduction": "mean"},
-    "beta 0.07": {"beta": 0.07},
-    "beta 0.5": {"beta": 0.5},
-    "beta 1": {"beta": 1.0},
-    "beta 4": {"beta": 4.0},
-    "heads on posterior states": {"heads_on": "posterior"},
-    "heads read the first position": {"head_input": "first"},
-    "prefix tokens 16": {"prefix_tokens": 16},
-    "posterior by concatenation": {"posterior": "concat"},
-    "attention core": {"core": "attention"},
-}
 
 
-def settings(change: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
-    """The base run's model and objective with one variant's changes."""
-    model, objective = dict(MODEL), dict(OBJECTIVE)
-    for key, value in change.items():
-        (model if key in ModelConfig.__struct_fields__ else objective)[key] = value
-    return load(ModelConfig, model, "model"), load(ObjectiveConfig, objective, "objective")
-
-
-def run(change: dict[str, Any], seed: int) -> dict[str, float]:
+def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     """Train and evaluate one variant with one seed."""
     torch._dynamo.reset()
-    task = make_task(TASK, "task")
+    task = make_task(study.task, "task")
     split = task.generate()
     inputs, target = (
         torch.from_numpy(tables.tokens_numpy(split.train[c]).copy()) for c in ("inputs", "target")
     )
-    model_config, objective = settings(change)
-    config = load(TrainConfig, {**TRAIN, "seed": seed}, "train")
+    model_config, objective, config = study.configs(change, seed)
     torch.manual_seed(seed)
     model = GRAM(model_config, task.shape)
     module = Supervised(
@@ -105,13 +157,15 @@ def run(change: dict[str, Any], seed: int) -> dict[str, float]:
 
     test = pl.from_arrow(split.test)
     assert isinstance(test, pl.DataFrame)
-    counts = test.select("puzzle_id", "solution_count").unique(maintain_order=True).head(INPUTS)
-    rows = test.unique("puzzle_id", keep="first", maintain_order=True).head(INPUTS)
+    counts = (
+        test.select("puzzle_id", "solution_count").unique(maintain_order=True).head(study.inputs)
+    )
+    rows = test.unique("puzzle_id", keep="first", maintain_order=True).head(study.inputs)
     held_out = torch.from_numpy(rows["inputs"].to_numpy().copy())
-    sample = SampleConfig(width=20, depth=4, halting=False, precision="bf16")
+    sample = load(SampleConfig, {**study.sample, "width": 20, "depth": 4}, "sample")
     sampler = Sampler(model.eval(), task, sample, 1)
     puzzles = Puzzles(rows["puzzle_id"].to_list(), held_out)
-    table = sampler.rows(puzzles, [set() for _ in range(INPUTS)], lambda finished: None)
+    table = sampler.rows(puzzles, [set() for _ in range(study.inputs)], lambda finished: None)
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     found = summarise(
@@ -126,16 +180,16 @@ def run(change: dict[str, Any], seed: int) -> dict[str, float]:
     }
 
 
-def table() -> str:
+def table(study: Study, out: Path) -> str:
     """The rows so far as Markdown, in per cent; cross-entropy and KL in nats a token."""
-    rows = pl.read_csv(OUT)
+    rows = pl.read_csv(out)
     shown = ("accuracy", "any_valid", "coverage", "coverage_multi", "best_of_value")
     lines = [
         "| variant | posterior cross-entropy | KL | one valid | any of 20 | coverage "
         "| several solutions | best by value |",
         "|---" * 8 + "|",
     ]
-    for variant in VARIANTS:
+    for variant in study.variants:
         its = rows.filter(pl.col("variant") == variant)
         if its.is_empty():
             continue
@@ -149,25 +203,29 @@ def table() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Compute the missing rows; arguments, if any, are the variants to compute."""
+    """Compute a study's missing rows; further arguments are the variants to compute."""
+    name, *wanted = arguments or [""]
+    if name not in STUDIES:
+        raise ConfigError(f"no study '{name}'; there are {', '.join(STUDIES)}")
+    study, out = STUDIES[name], Path(f"docs/results/ablation_{name}.csv")
     torch.set_num_threads(1)
     done = set()
-    if OUT.exists():
-        with OUT.open() as file:
+    if out.exists():
+        with out.open() as file:
             done = {(row["variant"], int(row["seed"])) for row in csv.DictReader(file)}
-    for variant, change in VARIANTS.items():
+    for variant, change in study.variants.items():
         for seed in SEEDS:
-            if (variant, seed) in done or (arguments and variant not in arguments):
+            if (variant, seed) in done or (wanted and variant not in wanted):
                 continue
-            row = {"variant": variant, "seed": seed, **run(change, seed)}
-            fresh = not OUT.exists()
-            with OUT.open("a", newline="") as file:
+            row = {"variant": variant, "seed": seed, **run(study, change, seed)}
+            fresh = not out.exists()
+            with out.open("a", newline="") as file:
                 writer = csv.DictWriter(file, row)
                 if fresh:
                     writer.writeheader()
                 writer.writerow(row)
             say(str(row))
-    print(table())
+    print(table(study, out))
 
 
 if __name__ == "__main__":
