@@ -82,7 +82,7 @@ STUDIES = {
             "steps": 700, "batch": 64, "ema": 0.99, "log_every": 100, "checkpoint_every": 700,
             "precision": "bf16", "optim": {"lr": 3e-3, **OPTIM},
         },
-        objective={"beta": 2.0},
+        objective={"beta": 1.0},
         sample={"halting": False, "precision": "bf16"},
         inputs=100,
         variants={
@@ -93,7 +93,7 @@ STUDIES = {
             "kl averaged over D": {"kl_reduction": "mean"},
             "beta 0.07": {"beta": 0.07},
             "beta 0.5": {"beta": 0.5},
-            "beta 1": {"beta": 1.0},
+            "beta 2": {"beta": 2.0},
             "beta 4": {"beta": 4.0},
             "heads on posterior states": {"heads_on": "posterior"},
             "heads read the first position": {"head_input": "first"},

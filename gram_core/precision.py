@@ -1,6 +1,5 @@
 """The number format that matrix products are computed in; weights stay float32 masters."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -19,10 +18,12 @@ def native(device: torch.device) -> Literal["fp32", "bf16"]:
     return "bf16" if fast else "fp32"
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+def resolve(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """`precision` with `auto` decided for `device`."""
+    return native(device) if precision == "auto" else precision
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The context that computes in `precision` on `device`."""
-    if precision == "auto":
-        precision = native(device)
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    bf16 = resolve(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gram_core.model.gram import GRAM
-from gram_core.precision import Precision, autocast
+from gram_core.precision import Precision, autocast, resolve
 from gram_core.train.objective import Batch, ObjectiveConfig, Supervision, Verifier, supervise
 from gram_core.train.optim import OptimConfig, make_optimizer
 
@@ -37,7 +37,9 @@ class Supervised(nn.Module):
         self.objective = objective
         self.verify = verify
         self.prior_rows = prior_rows
-        self.precision = precision
+        # Decided here: asking the processor inside forward would cut the compiled graph in two and
+        # compile the second half anew each time.
+        self.precision = resolve(precision, next(model.parameters()).device)
 
     def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
         with autocast(self.precision, noise.device):

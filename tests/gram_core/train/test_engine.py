@@ -100,3 +100,23 @@ def test_with_a_compiler_the_forward_is_compiled_without_a_word(make_run, monkey
     # Only marked: torch compiles at the first call, which this test does not make.
     assert module._compiled_call_impl is not None
     assert said == []
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_forward_is_one_graph_that_is_compiled_once(make_run, precision):
+    """A break in the graph would compile a part anew at every step (4 s each on two cores)."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run = make_run(precision=precision)
+    run.engine.module.compile(backend=backend, dynamic=False, fullgraph=True)
+    for _ in range(3):
+        result = loss_of(run)
+        run.engine.step(result.loss, 1e-3)
+        run.slots.absorb(result)
+    assert len(graphs) == 1
