@@ -164,7 +164,7 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     held_out = torch.from_numpy(rows["inputs"].to_numpy().copy())
     sample = load(SampleConfig, {**study.sample, "width": 20, "depth": 4}, "sample")
     sampler = Sampler(model.eval(), task, sample, 1)
-    puzzles = Puzzles(rows["puzzle_id"].to_list(), held_out)
+    puzzles = Puzzles.of(rows["puzzle_id"].to_list(), held_out)
     table = sampler.rows(puzzles, [set() for _ in range(study.inputs)], lambda finished: None)
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)

@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TokenShape:
-    """What a task asks of a model: tokens, vocabulary, learned puzzle identifiers, and for images
-    their height, width and side of a patch."""
+    """What a task and its data ask of a model: tokens, vocabulary, learned puzzle identifiers, and
+    for images their height, width and side of a patch."""
 
     length: int
     vocab: int

@@ -47,6 +47,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sample = commands.add_parser("sample", help="sample a run's test puzzles (the DVC stage)")
     sample.add_argument("run", metavar="RUN")
+    submission = commands.add_parser(
+        "submission",
+        help="an ARC run's answers in the form of the ARC Prize",
+        description="Write the two best-voted answers to every test input of an ARC run, from its "
+        "trajectories.",
+    )
+    submission.add_argument("run", metavar="RUN")
+    submission.add_argument("file", nargs="?", default="submission.json", help="(submission.json)")
     info = commands.add_parser("info", help="a run's model, training and results")
     info.add_argument("run", metavar="RUN")
     return top
@@ -68,6 +76,13 @@ def main(arguments: Sequence[str]) -> int:
         from pipelines.sample import sample_run
 
         say(f"sample {chosen.run}: {sample_run(load_run(chosen.run))} rows")
+        return 0
+    if chosen.command == "submission":
+        from pipelines.params import load_run
+        from pipelines.submission import write_submission
+
+        tasks = write_submission(load_run(chosen.run), Path(chosen.file))
+        say(f"{chosen.file}: two attempts for every input of {tasks} tasks")
         return 0
     return _info(chosen.run)
 

@@ -61,7 +61,7 @@ def train_classifier(
             rows = torch.randint(len(pixels), (BATCH,))
             loss = F.cross_entropy(model(pixels[rows]), labels[rows].long())
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
     return model.eval()
 
@@ -77,7 +77,7 @@ class Seen:
 @torch.inference_mode()
 def look(model: Classifier, pixels: UInt8[Tensor, "N S"]) -> Seen:
     """What the classifier makes of images."""
-    features = torch.cat([model.features(part) for part in pixels.split(4096)]).double()
+    features = torch.cat([model.features(part) for part in torch.split(pixels, 4096)]).double()
     logits = features @ model.out.weight.double().T + model.out.bias.double()
     return Seen(features.numpy(), logits.softmax(-1).numpy())
 

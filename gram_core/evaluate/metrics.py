@@ -21,10 +21,11 @@ from gram_core.config import Config, NonNegativeInt, PositiveInt
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
-    """Which widths to report, the bootstrap of the intervals, and for images how long the
-    classifier that scores them is trained."""
+    """Which widths to report, the bootstrap of the intervals, how many test pairs the bounds are
+    over at most, and for images how long the classifier that scores them is trained."""
 
     widths: tuple[PositiveInt, ...] = (1, 5, 10, 20)
+    bound_pairs: PositiveInt = 5000
     classifier_steps: PositiveInt = 600
     resamples: Annotated[int, msgspec.Meta(ge=100)] = 1000
     seed: NonNegativeInt = 0

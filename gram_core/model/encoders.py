@@ -10,7 +10,8 @@ patches), D width, V vocabulary, C channels, P side of a patch.
 import math
 from typing import Literal
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,9 +29,30 @@ class TokenEncoder(nn.Embedding):
         super().__init__(vocab, dim)
         lecun_normal_(self.weight, dim)
 
-    def forward(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    def forward(self, tokens: Int[Tensor, "... S"]) -> Float[Tensor, "... S D"]:
         out: Tensor = super().forward(tokens) * math.sqrt(self.embedding_dim)
         return out
+
+
+class Identifiers(nn.Module):
+    """Learned vectors of puzzles, zero at first.
+
+    One alone is a parameter like any other. A table of many is a buffer, which an optimiser of its
+    own moves (gram_core.train.identifiers): no dense gradient, no AdamW and no average.
+    """
+
+    weight: Tensor
+
+    def __init__(self, puzzles: int, dim: int) -> None:
+        super().__init__()
+        vectors = torch.zeros(puzzles, dim)
+        if puzzles > 1:
+            self.register_buffer("weight", vectors)
+        else:
+            self.weight = nn.Parameter(vectors)
+
+    def forward(self, puzzle: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        return self.weight[puzzle]
 
 
 class PatchEncoder(nn.Module):
@@ -60,16 +82,21 @@ class PatchEncoder(nn.Module):
 
 
 class PatchTargetEncoder(nn.Module):
-    """The posterior's view of a target image: pixel embeddings summed over each patch and divided
-    by P, of unit RMS where pixels are independent."""
+    """The posterior's view of a target image: for each patch the sum of its pixels' embeddings,
+    one table for each place in the patch, divided by P: of unit RMS."""
+
+    places: Tensor
 
     def __init__(self, image: tuple[int, int, int], vocab: int, dim: int) -> None:
         super().__init__()
         self.image = image
-        self.pixels = TokenEncoder(vocab, dim)
+        area = image[2] ** 2
+        self.pixels = TokenEncoder(vocab * area, dim)
+        self.register_buffer("places", vocab * torch.arange(area)[:, None], persistent=False)
 
     def forward(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B M D"]:
-        vectors = patchify(self.pixels(tokens), self.image)
+        pixels = patchify(tokens[:, :, None], self.image) + self.places
+        vectors: Tensor = self.pixels(pixels[..., 0])
         return vectors.sum(2) / self.image[2]
 
 
@@ -87,8 +114,8 @@ class PatchDecoder(nn.Module):
 
 
 def patchify(
-    pixels: Float[Tensor, "B S X"], image: tuple[int, int, int]
-) -> Float[Tensor, "B M Q X"]:
+    pixels: Shaped[Tensor, "B S X"], image: tuple[int, int, int]
+) -> Shaped[Tensor, "B M Q X"]:
     """Pixels, row-major, as patches, row-major, of Q = P * P pixels each."""
     height, width, p = image
     grid = pixels.view(len(pixels), height // p, p, width // p, p, -1).transpose(2, 3)
@@ -96,8 +123,8 @@ def patchify(
 
 
 def unpatchify(
-    patches: Float[Tensor, "B M Q X"], image: tuple[int, int, int]
-) -> Float[Tensor, "B S X"]:
+    patches: Shaped[Tensor, "B M Q X"], image: tuple[int, int, int]
+) -> Shaped[Tensor, "B S X"]:
     """The inverse of `patchify`."""
     height, width, p = image
     grid = patches.reshape(len(patches), height // p, width // p, p, p, -1).transpose(2, 3)

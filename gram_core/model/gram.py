@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from gram_core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
-from gram_core.model.encoders import decoder, input_encoder, target_encoder
+from gram_core.model.encoders import Identifiers, decoder, input_encoder, target_encoder
 from gram_core.model.heads import HaltHead, ValueHead
 from gram_core.model.latent import Gaussian, GaussianHead, Guidance
 from gram_core.model.layers import Stack
@@ -106,9 +106,7 @@ class GRAM(nn.Module):
             )
 
         self.embed_input = input_encoder(shape, dim)
-        self.puzzle = nn.Embedding(shape.puzzles, dim) if config.prefix_tokens else None
-        if self.puzzle is not None:
-            nn.init.zeros_(self.puzzle.weight)
+        self.puzzle = Identifiers(shape.puzzles, dim) if config.prefix_tokens else None
         self.recursion = Recursion(stack(), stack() if config.hierarchical else None, config.K)
         self.prior_head = head(dim)
         self.posterior_head = head(2 * dim if config.posterior == "concat" else dim)
@@ -133,19 +131,24 @@ class GRAM(nn.Module):
         return State(self.z0_h.expand(size).contiguous(), self.z0_l.expand(size).contiguous())
 
     def embed(
-        self, inputs: UInt8[Tensor, "B S"], puzzle: Int[Tensor, " B"] | None = None
+        self,
+        inputs: UInt8[Tensor, "B S"],
+        puzzle: Int[Tensor, " B"] | None = None,
+        identity: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """e_x: the encoded input behind the puzzle's prefix.
 
-        The prefix is the puzzle's learned vector followed by zeros (paper, B.1 and C.2.1).
+        The prefix is the learned vector of the identifier `puzzle` (0 by default), or `identity`
+        itself, followed by zeros (paper, B.1 and C.2.1).
         """
         tokens: Tensor = self.embed_input(inputs.int())
         if self.puzzle is None:
             return tokens
-        prefix = tokens.new_zeros(len(inputs), self.config.prefix_tokens, self.config.dim)
-        index = inputs.new_zeros(len(inputs), dtype=torch.int32) if puzzle is None else puzzle
-        prefix = torch.cat([self.puzzle(index)[:, None], prefix[:, 1:]], dim=1)
-        return torch.cat([prefix, tokens], dim=1)
+        if identity is None:
+            index = inputs.new_zeros(len(inputs), dtype=torch.int32) if puzzle is None else puzzle
+            identity = self.puzzle(index)
+        prefix = tokens.new_zeros(len(inputs), self.config.prefix_tokens - 1, self.config.dim)
+        return torch.cat([identity[:, None], prefix, tokens], dim=1)
 
     def embed_answer(self, target: UInt8[Tensor, "B S"]) -> Float[Tensor, "B L D"]:
         """e_y, the posterior's view of the target; zero on the prefix. Raises `ValueError` for a

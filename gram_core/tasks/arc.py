@@ -1,9 +1,9 @@
 """ARC-AGI-1 and 2 (paper, 4.1): infer a task's transformation from its demonstrations.
 
 As in HRM and TRM the demonstrations are training pairs and each task has a learned identifier, so
-that training sees the demonstration pairs of the evaluation tasks too (their test pairs are what is
-scored). A grid lies on a canvas of 30x30: tokens 0 padding, 1 end of sequence (the row below and the
-column right of the grid), colour c is c + 2.
+that training sees the demonstration pairs of the evaluation tasks too (their test pairs are what
+is scored). A grid lies on a canvas of 30x30: tokens 0 padding, 1 end of sequence (the row below
+and the column right of the grid), colour c is c + 2.
 
 Variant v > 0 of a task is its image under one of the square's eight symmetries and a permutation of
 the colours 1 to 9 (0, the background, stays), a function of the task and v, with an identifier of
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from jaxtyping import Bool, UInt8
 from torch import Tensor
@@ -79,8 +80,8 @@ class ArcConfig(Config, frozen=True, kw_only=True, tag="arc", tag_field="kind"):
             and not self.allow_overlap
         ):
             raise ValueError(
-                "score: 376 evaluation tasks of ARC-AGI-1 are training tasks of ARC-AGI-2; to score "
-                "them all the same, say allow_overlap: true"
+                "score: 376 evaluation tasks of ARC-AGI-1 are training tasks of ARC-AGI-2; to "
+                "score them all the same, say allow_overlap: true"
             )
 
 
@@ -221,8 +222,8 @@ def _json(path: Path, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Vote:
-    """An answer to one test input: the grid, the trajectories that gave it, and their mean
-    probability of being right as the halt head sees it."""
+    """An answer to one test input: the grid, the trajectories that gave it, and their mean value
+    (TRM has the halt head's probability in its place)."""
 
     grid: Grid
     count: int
@@ -262,3 +263,202 @@ def submission(votes: Mapping[str, Sequence[Sequence[Vote]]]) -> dict[str, list[
         task: [{"attempt_1": attempt(v, 0), "attempt_2": attempt(v, 1)} for v in inputs]
         for task, inputs in votes.items()
     }
+
+
+PASSES = (1, 2, 5, 10, 100, 1000)
+
+
+class Arc(Task):
+    """The ARC task. Rows are pairs; their group is the task, whose variants have identifiers."""
+
+    length = SIDE * SIDE
+    vocab = FIRST_COLOUR + COLOURS
+    identified = True
+    verifies = False
+
+    def __init__(self, config: ArcConfig) -> None:
+        self.config: ArcConfig = config
+        self.variants = 1 + config.augmentations
+
+    def generate(self, fetch: Fetch) -> Split:
+        """All pairs of the training tasks and the demonstrations of the scored ones to train on;
+        the scored ones' test pairs to test on. Raises `TaskError`."""
+        config = self.config
+        learned, scored = read_source(config.source)
+        if config.score is not None:
+            scored = read_source(config.score)[1]
+        if config.concept is not None:
+            learned += _concept(fetch(config.concept), config.concept)
+        both = sorted({task.name for task in learned} & {task.name for task in scored})
+        if both and not config.allow_overlap:
+            raise TaskError(
+                f"{len(both)} of the tasks to score are training tasks too ({both[0]}, ...); to "
+                "score them all the same, say allow_overlap: true"
+            )
+        if config.tasks is not None:
+            learned, scored = learned[: config.tasks], scored[: config.tasks]
+        train = [
+            (task.name, f"{part}{number}", grids)
+            for task in learned
+            for part, pairs in (("train", task.train), ("test", task.test))
+            for number, grids in enumerate(pairs)
+        ]
+        train += [
+            (task.name, f"train{number}", grids)
+            for task in scored
+            if task.name not in both
+            for number, grids in enumerate(task.train)
+        ]
+        test = [
+            (task.name, str(number), grids)
+            for task in scored
+            for number, grids in enumerate(task.test)
+        ]
+        metadata = {
+            "train_tasks": len(learned),
+            "test_tasks": len(scored),
+            "train_pairs": len(train),
+            "test_inputs": len(test),
+            "scored_tasks_in_training": len(both),
+        }
+        known = [row for row in train if row[2][1] is not None]
+        return Split(_rows(known), _rows(test), metadata)
+
+    def augment(self, train: pa.Table, test: pa.Table) -> Split:
+        """Test inputs in `test_variants` variants each; training pairs as they are (theirs are
+        streamed)."""
+        rows = []
+        for row in test.to_pylist():
+            x, y = (decode(np.frombuffer(bytes(row[c]), np.uint8)) for c in ("inputs", "target"))
+            number = row["puzzle_id"].rpartition("/")[2]
+            for variant in range(self.config.test_variants):
+                made = change(row["group_id"], variant)
+                answer = made(y) if row["solution_count"] else None
+                rows.append((row["group_id"], f"{number}/{variant}", (made(x), answer)))
+        variants = [str(v) for v in range(self.config.test_variants)] * len(test)
+        return Split(train, _rows(rows, variants), {"test_rows": len(rows)})
+
+    def vary(
+        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The pair under the task's change number `variant`, both grids moved by the same random
+        offset that keeps them on the canvas."""
+        made = change(group, variant)
+        x, y = made(decode(inputs)), made(decode(target))
+        row = column = 0
+        if self.config.translate:
+            rng = _rng(f"{group}\0{variant}".encode() + inputs.tobytes())
+            free = SIDE - np.maximum(x.shape, y.shape)
+            row, column = (int(rng.integers(room + 1)) for room in free)
+        return encode(x, row, column), encode(y, row, column)
+
+    def verify(
+        self, inputs: UInt8[Tensor, "B S"], answers: UInt8[Tensor, "B S"]
+    ) -> Bool[Tensor, " B"]:
+        """Nothing but the answer says whether a grid is right: whether there is a grid at all."""
+        return answers[:, 0] >= FIRST_COLOUR
+
+    def canonical(self, answers: np.ndarray) -> np.ndarray:
+        """The canvases of the grids that the answers amount to."""
+        return np.stack([_canvas(decode(tokens)) for tokens in answers])
+
+    def score(self, trajectories: pl.DataFrame, test: pa.Table) -> dict[str, np.ndarray]:
+        """`pass@K`: for each task the share of its test inputs for which one of the first K voted
+        answers is right. Inputs with a secret answer do not count."""
+        answers: dict[str, list[tuple[int, Grid]]] = {}
+        for row in test.to_pylist():
+            puzzle, _, variant = row["puzzle_id"].rpartition("/")
+            task, _, number = puzzle.rpartition("/")
+            if variant == "0" and row["solution_count"]:
+                grid = decode(np.frombuffer(bytes(row["target"]), np.uint8))
+                answers.setdefault(task, []).append((int(number), grid))
+        ranked = self.votes(trajectories)
+        return {
+            f"pass@{k}": np.array(
+                [
+                    np.mean([pass_at(ranked[task][number], grid, k) for number, grid in inputs])
+                    for task, inputs in answers.items()
+                ]
+            )
+            for k in PASSES
+        }
+
+    def votes(self, trajectories: pl.DataFrame) -> dict[str, list[list[Vote]]]:
+        """For each task and test input the voted answers, best first, over all its variants and
+        trajectories."""
+        cast: dict[str, dict[int, list[tuple[Grid, float]]]] = {}
+        columns = trajectories.select("puzzle_id", "prediction", "value")
+        for puzzle_id, prediction, value in columns.iter_rows():
+            task, number, variant = puzzle_id.rsplit("/", 2)
+            answer = decode(np.frombuffer(bytes(prediction), np.uint8))
+            grid = change(task, int(variant)).undo(answer)
+            cast.setdefault(task, {}).setdefault(int(number), []).append((grid, value))
+        return {
+            task: [vote(ballots[number]) for number in sorted(ballots)]
+            for task, ballots in cast.items()
+        }
+
+    def group(self, text: str) -> str:
+        """The task's name, before the colon."""
+        return text.partition(":")[0].strip()
+
+    def parse(self, text: str) -> np.ndarray:
+        """A task's name, a colon, and rows of digits divided by `|` or line breaks. Raises
+        `TaskError`."""
+        rows = [row.strip() for row in text.partition(":")[2].replace("|", "\n").split("\n")]
+        rows = [row for row in rows if row]
+        if not rows or not all(row.isascii() and row.isdigit() for row in rows):
+            raise TaskError("expected a task's name, a colon and rows of digits: NAME: 010|020")
+        return encode(_grid([[int(sign) for sign in row] for row in rows], "puzzle"))
+
+    def render(self, tokens: np.ndarray) -> str:
+        """Rows of digits."""
+        return "\n".join("".join(map(str, row)) for row in decode(tokens).tolist())
+
+
+def _canvas(grid: Grid) -> np.ndarray:
+    return encode(grid) if grid.size else np.zeros(SIDE * SIDE, dtype=np.uint8)
+
+
+def _rows(
+    pairs: Sequence[tuple[str, str, tuple[Grid, Grid | None]]],
+    variants: Sequence[str] | None = None,
+) -> pa.Table:
+    """Dataset rows of (task, name within it, pair); a secret answer is all padding."""
+    empty = np.zeros(SIDE * SIDE, dtype=np.uint8)
+    targets = [empty if y is None else encode(y) for _, _, (_, y) in pairs]
+    return pa.table(
+        {
+            "puzzle_id": [f"{task}/{name}" for task, name, _ in pairs],
+            "inputs": tokens_array(np.stack([encode(x) for _, _, (x, _) in pairs])),
+            "target": tokens_array(np.stack(targets)),
+            "solution_count": pa.array([int(y is not None) for _, _, (_, y) in pairs], pa.uint32()),
+            "group_id": [task for task, _, _ in pairs],
+            "augmentation": list(variants) if variants is not None else [""] * len(pairs),
+        },
+        schema=dataset_schema(SIDE * SIDE, SIDE * SIDE),
+    )
+
+
+def _concept(path: Path, name: str) -> list[ArcTask]:
+    """The tasks of one JSON file, an object of tasks by name (ConceptARC). Raises `TaskError`."""
+    document = _json(path, name)
+    if not isinstance(document, Mapping) or not document:
+        raise TaskError(f"{name}: expected an object of tasks by name")
+    return [parse_task(f"{name}: {key}", task) for key, task in document.items()]
+
+
+def check_submission(document: Any, wanted: Mapping[str, int]) -> None:
+    """Whether a document is a submission for the tasks `wanted` (name -> number of test inputs):
+    each task once, for each input two attempts that are grids. Raises `TaskError`."""
+    if not isinstance(document, Mapping) or set(document) != set(wanted):
+        raise TaskError(f"submission: expected exactly the {len(wanted)} tasks that are scored")
+    for task, inputs in wanted.items():
+        if not isinstance(document[task], list) or len(document[task]) != inputs:
+            raise TaskError(f"submission: {task} needs {inputs} pairs of attempts")
+        for number, attempts in enumerate(document[task], 1):
+            where = f"submission: {task}, input {number}"
+            if not isinstance(attempts, Mapping) or set(attempts) != {"attempt_1", "attempt_2"}:
+                raise TaskError(f"{where}: expected attempt_1 and attempt_2, nothing else")
+            for attempt, rows in attempts.items():
+                _grid(rows, f"{where}: {attempt}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -47,9 +48,10 @@ class Task(ABC):
     vocab: int
     # Height, width and side of a patch, where tokens are the pixels of an image.
     image: tuple[int, int, int] | None = None
-    # Learned puzzle identifiers, and variants of a training row that training may draw.
-    puzzles: int = 1
+    # Variants of a training row that training may draw.
     variants: int = 1
+    # Whether each variant of each group of rows has a learned identifier of its own.
+    identified: bool = False
     # Whether answers answer an input; an unconditional task has one, empty input.
     conditional: bool = True
     # Whether `verify` has rules to check; without, an answer is valid where it is a known target.
@@ -58,7 +60,7 @@ class Task(ABC):
     @property
     def shape(self) -> TokenShape:
         """What a model for this task must fit."""
-        return TokenShape(self.length, self.vocab, self.puzzles, self.image)
+        return TokenShape(self.length, self.vocab, image=self.image)
 
     @abstractmethod
     def generate(self, fetch: Fetch) -> Split:
@@ -68,9 +70,11 @@ class Task(ABC):
         """The tables that training and sampling read; test rows are never augmented."""
         return Split(train, test)
 
-    def vary(self, inputs: np.ndarray, target: np.ndarray, variant: int) -> tuple[Any, Any]:
-        """Variant number 1 or above of one training row, two uint8 arrays [S]: streamed
-        augmentation, a function of the row and the number alone."""
+    def vary(
+        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
+    ) -> tuple[Any, Any]:
+        """Variant number 1 or above of one training row of `group` (its `group_id`), two uint8
+        arrays [S]: streamed augmentation, a function of its arguments alone."""
         raise NotImplementedError("a task with more than one variant says what they are")
 
     @abstractmethod
@@ -85,9 +89,18 @@ class Task(ABC):
         """The task's own numbers for each answer, beside being valid."""
         return {}
 
+    def score(self, trajectories: pl.DataFrame, test: pa.Table) -> dict[str, np.ndarray]:
+        """Numbers that no single answer has: from the trajectories of the test table at one depth,
+        one number a group for each name."""
+        return {}
+
     def canonical(self, answers: np.ndarray) -> np.ndarray:
         """Answers uint8 [B, S] with those that mean the same made equal."""
         return answers
+
+    def group(self, text: str) -> str:
+        """The group of a puzzle as a person types it, where groups have identifiers."""
+        return ""
 
     @abstractmethod
     def parse(self, text: str) -> np.ndarray:

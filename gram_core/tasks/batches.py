@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-Vary = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+Vary = Callable[[str, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 RETRIES = 8
 
 
@@ -21,9 +21,10 @@ class Examples:
     """Training rows: N of them, S tokens each, and each row's learned puzzle identifier.
 
     With `variants` V there are V N examples: number v N + r is variant v of row r, the row itself
-    for v = 0. Variants are made by `vary` (`Task.vary`) when they are read, never stored. One
-    whose input is in `held_out` gives way to another of the same row, and after some tries to the
-    row itself.
+    for v = 0. Variants are made by `vary` (`Task.vary`) from the rows' `groups` when they are read,
+    never stored. One whose input is in `held_out` gives way to another of the same row, and after
+    some tries to the row itself. Where variants are `identified`, variant v of a row has the row's
+    identifier plus v.
     """
 
     inputs: UInt8[Tensor, "N S"]
@@ -31,7 +32,9 @@ class Examples:
     puzzle: Int[Tensor, " N"]
     variants: int = 1
     vary: Vary | None = None
+    groups: Sequence[str] = ()
     held_out: frozenset[bytes] = frozenset()
+    identified: bool = False
 
     def __len__(self) -> int:
         return len(self.inputs) * self.variants
@@ -44,13 +47,17 @@ class Examples:
         for place in np.flatnonzero(variant):
             made = self._variant(int(row[place]), int(variant[place]))
             inputs[place], target[place] = (torch.from_numpy(tokens) for tokens in made)
-        return Examples(inputs, target, self.puzzle[index])
+        puzzle = self.puzzle[index]
+        if self.identified:
+            puzzle += torch.from_numpy(variant.astype(np.int32))
+        return Examples(inputs, target, puzzle)
 
     def _variant(self, row: int, variant: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.vary is not None, "examples with variants say how to make them"
         own = self.inputs[row].numpy(), self.target[row].numpy()
         for attempt in range(RETRIES):
-            inputs, target = self.vary(*own, variant + attempt * self.variants)
+            number = variant + attempt * self.variants
+            inputs, target = self.vary(self.groups[row], *own, number)
             if inputs.tobytes() not in self.held_out:
                 return inputs, target
         return own
@@ -58,10 +65,16 @@ class Examples:
 
 @dataclass(frozen=True)
 class Puzzles:
-    """The inputs to solve, one row a puzzle."""
+    """The inputs to solve, one row a puzzle, and each one's learned identifier."""
 
     ids: Sequence[str]
     inputs: UInt8[Tensor, "N S"]
+    puzzle: Int[Tensor, " N"]
+
+    @classmethod
+    def of(cls, ids: Sequence[str], inputs: UInt8[Tensor, "N S"]) -> "Puzzles":
+        """Puzzles of a task without identifiers of their own."""
+        return cls(ids, inputs, torch.zeros(len(ids), dtype=torch.int32))
 
 
 class Order:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
@@ -88,8 +87,10 @@ def read_idx(path: Path, name: str, dimensions: int) -> np.ndarray:
             f"dimension{'s' * (dimensions > 1)} with {magic.hex()}"
         )
     header = 4 + 4 * dimensions
+    if len(content) < header:
+        raise TaskError(f"{name}: {len(content)} bytes, the header alone promises {header}")
     shape = np.frombuffer(content[4:header], dtype=">u4").astype(np.int64)
-    if len(shape) != dimensions or len(content) != header + int(shape.prod()):
+    if len(content) != header + int(shape.prod()):
         raise TaskError(f"{name}: {len(content)} bytes are not the {shape.tolist()} it promises")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gram_core.config import Config, ConfigError, load
+from gram_core.tasks.arc import Arc, ArcConfig
 from gram_core.tasks.base import Task
 from gram_core.tasks.digits import Digits, DigitsConfig
 from gram_core.tasks.graph_coloring import GraphColoring, GraphColoringConfig
@@ -16,9 +17,10 @@ TASKS: dict[str, tuple[type[Config], Callable[[Any], Task]]] = {
     "nqueens": (NQueensConfig, NQueens),
     "sudoku": (SudokuConfig, Sudoku),
     "sudoku_boards": (SudokuBoardsConfig, SudokuBoards),
+    "graph_coloring": (GraphColoringConfig, GraphColoring),
+    "arc": (ArcConfig, Arc),
     "digits": (DigitsConfig, Digits),
     "table": (TableConfig, Table),
-    "graph_coloring": (GraphColoringConfig, GraphColoring),
 }
 
 

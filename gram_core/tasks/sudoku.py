@@ -320,10 +320,10 @@ class Sudoku(Task):
         )
 
     def vary(
-        self, inputs: np.ndarray, target: np.ndarray, variant: int
+        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The row under the symmetry that its puzzle and the variant's number draw."""
-        digest = blake2b(inputs.tobytes() + variant.to_bytes(8), digest_size=16).digest()
+        """The row under the symmetry that its puzzle (the group) and the variant's number draw."""
+        digest = blake2b(group.encode() + variant.to_bytes(8), digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
         symmetry = random_symmetry(self.config.size, rng)
         return symmetry(inputs - BLANK) + BLANK, symmetry(target - BLANK) + BLANK

@@ -6,6 +6,7 @@ files' formats; tests drive it with `PlainEngine`.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import Checkpoints, Progress
 from gram_core.train.ema import EMA
 from gram_core.train.engine import Engine
+from gram_core.train.identifiers import IdentifierOptimizer
 from gram_core.train.objective import Terms
 from gram_core.train.optim import OptimConfig, learning_rate
 from gram_core.train.slots import Reading, Slots
@@ -115,13 +117,20 @@ def train(
         report(row)
     shape = (transitions(model.config), len(slots), model.length, model.config.dim)
     device = model.z0_h.device
+    table = None if model.puzzle is None or model.shape.puzzles == 1 else model.puzzle.weight
+    identifiers = None if table is None else IdentifierOptimizer(table, config.optim)
     window = torch.zeros(len(Terms.names), 2, device=device)
     while progress.iteration < config.steps:
         slots.refill()
         noise = training_noise(config.seed, progress.iteration, engine.rank, shape).to(device)
-        result = engine.forward(slots.batch(), noise)
+        batch = slots.batch()
+        if identifiers is not None:
+            batch = replace(batch, identity=identifiers.leaf(batch.puzzle))
+        result = engine.forward(batch, noise)
         rate = learning_rate(config.optim, progress.iteration, config.steps)
         engine.step(result.loss, rate)
+        if identifiers is not None and batch.identity is not None:
+            identifiers.step(batch.puzzle, batch.identity, engine, rate)
         ema.update()
         slots.absorb(result)
         window += result.terms

@@ -56,7 +56,8 @@ class ObjectiveConfig(Config, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class Batch:
     """The slots at the start of a supervision step; `last` where it ends the trajectory in any
-    case, `may_halt` where the halt head may end it."""
+    case, `may_halt` where the halt head may end it. `identity` are the vectors of the identifiers
+    `puzzle`, where they learn by an optimiser of their own."""
 
     state: State
     inputs: UInt8[Tensor, "B S"]
@@ -66,6 +67,7 @@ class Batch:
     last: Bool[Tensor, " B"]
     may_halt: Bool[Tensor, " B"]
     trace: Float[Tensor, "B N D"]
+    identity: Float[Tensor, "B D"] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _transitions(
     count = len(noise)
     # Gradients reach the last transition only; without deep supervision, the whole trajectory.
     window = 1 if shape.deep_supervision else count
-    e_x = model.embed(batch.inputs, batch.puzzle)
+    e_x = model.embed(batch.inputs, batch.puzzle, batch.identity)
     stochastic = shape.guidance != "none"
     e_y = model.embed_answer(batch.target)[prior_rows:] if stochastic else e_x
     state = batch.state

@@ -34,7 +34,7 @@ for changes in ({}, {"core": "mixer", "prefix_tokens": 0, "halting": "q_learning
                         prior_rows=settings.prior_rows(config), precision="fp32")
     engine = PlainEngine(module, settings.optim)
     train(engine, make_slots(engine, examples, settings), settings, None, lambda row: None)
-    rollout(model, Puzzles(["a", "b"], inputs[:2]), SampleConfig(width=2, depth=2))
+    rollout(model, Puzzles.of(["a", "b"], inputs[:2]), SampleConfig(width=2, depth=2))
     if config.stochastic:
         count = config.T * (1 if config.deep_supervision else config.N_sup)
         bound(model, inputs[:3], target[:3],

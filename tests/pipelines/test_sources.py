@@ -84,7 +84,7 @@ def test_http_is_fetched_once_and_whole(server: str) -> None:
 
 
 def test_an_address_that_cannot_be_reached_is_named(server: str) -> None:
-    with pytest.raises(SourceError, match="127.0.0.1:9/x.csv: cannot be fetched"):
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1:9/x\.csv: cannot be fetched"):
         fetch("http://127.0.0.1:9/x.csv")
     with pytest.raises(SourceError, match="cannot read ftp://"):
         fetch("ftp://somewhere/x.csv")

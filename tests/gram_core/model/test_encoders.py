@@ -53,7 +53,7 @@ def test_parameters_of_the_papers_images_model() -> None:
     d, channels = 512, 256
     encoder = (25 * 1 + 1 + 2) * channels + (25 * channels + 1 + 2) * channels
     encoder += (4 * channels + 1) * d
-    targets, decoder = 3 * d, d * 12
+    targets, decoder = 4 * 3 * d, d * 12
     core = 2 * 2 * (4 * d * d + 3 * d * d) + 4 * 3 * d * d
     heads = 2 * (d + 1) + d + 1
     model = GRAM(ModelConfig(prefix_tokens=0), TokenShape(784, 3, image=(28, 28, 2)))
@@ -76,5 +76,5 @@ def test_an_image_model_takes_one_transition(core: str) -> None:
     state = model.recursion(model.initial_state(2), e_x)
     assert model.posterior(state.h, e_y).mean.shape == state.h.shape
     assert model.decode(state.h).shape == (2, 64, 3)
-    content = e_y[:, 16:]
-    assert content.square().mean().sqrt() == pytest.approx(1.0, abs=0.35)
+    content = e_y[:, 16:].detach()
+    assert content.square().mean().sqrt() == pytest.approx(1.0, abs=0.2)

@@ -62,7 +62,7 @@ def test_the_papers_settings_train_and_sample(paper):
     engine.step(result.loss, 1e-3)
     assert math.isfinite(float(result.loss.detach()))
     assert not torch.equal(before, paper.recursion.f_l.blocks[0].mixing.qkv.weight)
-    drawn = rollout(paper, Puzzles(["a"], tokens[:1]), SampleConfig(width=2, depth=1))
+    drawn = rollout(paper, Puzzles.of(["a"], tokens[:1]), SampleConfig(width=2, depth=1))
     assert drawn.prediction.shape == (1, 2, LENGTH)
 
 

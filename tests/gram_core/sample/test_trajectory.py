@@ -22,7 +22,7 @@ def model(make_model):
 @pytest.fixture(scope="module")
 def puzzles() -> Puzzles:
     inputs = torch.randint(1, 3, (7, 16), generator=torch.Generator().manual_seed(0))
-    return Puzzles([f"p{i}" for i in range(7)], inputs.to(torch.uint8))
+    return Puzzles.of([f"p{i}" for i in range(7)], inputs.to(torch.uint8))
 
 
 def config(**settings) -> SampleConfig:
@@ -82,7 +82,7 @@ def test_batch_and_compaction_change_nothing(model, puzzles, batch, compaction):
 
 def test_the_order_of_puzzles_changes_nothing(model, puzzles):
     order = [3, 0, 6, 5, 1, 4, 2]
-    shuffled = Puzzles([puzzles.ids[i] for i in order], puzzles.inputs[order])
+    shuffled = Puzzles.of([puzzles.ids[i] for i in order], puzzles.inputs[order])
     expected = rollout(model, puzzles, config())
     result = rollout(model, shuffled, config())
     for place, puzzle in enumerate(order):
@@ -210,7 +210,7 @@ def test_progress_adds_up_to_the_number_of_trajectories(make_model, puzzles, gui
 
 
 def test_no_puzzles_give_no_trajectories(model, puzzles):
-    empty = rollout(model, Puzzles([], puzzles.inputs[:0]), config())
+    empty = rollout(model, Puzzles.of([], puzzles.inputs[:0]), config())
     assert empty.prediction.shape == (1, 0, 16)
 
 

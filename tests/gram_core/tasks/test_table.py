@@ -16,7 +16,7 @@ from gram_core.tasks.base import TaskError
 from gram_core.tasks.registry import make_task
 from gram_core.tasks.table import Table
 
-RULE = '''
+RULE = """
 import numpy as np
 
 
@@ -34,7 +34,7 @@ def wrong_shape(inputs, answers):
 
 
 number = 3
-'''
+"""
 
 
 def here(source: str) -> Path:
