@@ -125,7 +125,7 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     """Train and evaluate one variant with one seed."""
     torch._dynamo.reset()
     task = make_task(study.task, "task")
-    split = task.generate()
+    split = task.generate(Path)
     inputs, target = (
         torch.from_numpy(tables.tokens_numpy(split.train[c]).copy()) for c in ("inputs", "target")
     )

@@ -1,4 +1,5 @@
-"""The data stages: generate a task's raw tables, augment them, and read them back.
+"""The data stages: generate a task's raw tables, augment them, and read them back. A target that
+is all padding is a secret one.
 
 Knows where the tables of a task lie; what is in them is the task's.
 """
@@ -10,7 +11,6 @@ from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from gram_core import tables
@@ -96,7 +96,8 @@ def examples(
     """The pairs of one table whose target is known, in its order, as tensors; training rows with
     their variants, none of which is a test input. `groups` are `identifiers`."""
     table = read(DATA / name / f"{part}.parquet", task)
-    table = table.filter(pc.field("solution_count") > 0) if part == "test" else table
+    if part == "test":
+        table = table.filter(tables.tokens_numpy(table["target"]).any(axis=1))
     inputs = torch.from_numpy(tables.tokens_numpy(table["inputs"]).copy())
     target = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
     puzzle = _puzzle(table, task, groups)
@@ -137,13 +138,13 @@ def held_out(
     those that the model has identifiers for."""
     table = test_table(name, task)
     inputs, target = (tables.tokens_numpy(table[c]) for c in ("inputs", "target"))
-    solved = table["solution_count"].to_numpy() > 0
+    told = target.any(axis=1)
     first: dict[str, int] = {}
     targets: dict[str, set[bytes]] = {}
     for row, puzzle_id in enumerate(table["puzzle_id"].to_pylist()):
         first.setdefault(puzzle_id, row)
         known = targets.setdefault(puzzle_id, set())
-        if solved[row]:
+        if told[row]:
             known.add(target[row].tobytes())
     rows = torch.tensor(list(first.values()))
     unique = torch.from_numpy(inputs[rows.numpy()].copy())

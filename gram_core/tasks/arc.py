@@ -317,7 +317,7 @@ class Arc(Task):
         metadata = {
             "train_tasks": len(learned),
             "test_tasks": len(scored),
-            "train_pairs": len(train),
+            "train_inputs": len(train),
             "test_inputs": len(test),
             "scored_tasks_in_training": len(both),
         }
@@ -369,7 +369,7 @@ class Arc(Task):
         for row in test.to_pylist():
             puzzle, _, variant = row["puzzle_id"].rpartition("/")
             task, _, number = puzzle.rpartition("/")
-            if variant == "0" and row["solution_count"]:
+            if variant == "0" and any(row["target"]):
                 grid = decode(np.frombuffer(bytes(row["target"]), np.uint8))
                 answers.setdefault(task, []).append((int(number), grid))
         ranked = self.votes(trajectories)

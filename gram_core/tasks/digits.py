@@ -131,7 +131,7 @@ class Digits(Task):
                     f"images have {images.shape[1]}x{images.shape[2]} pixels, the task's side is "
                     f"{self.config.side}"
                 )
-        metadata = {"train_images": len(train[0]), "test_images": len(test[0])}
+        metadata = {"train_targets": len(train[0]), "test_targets": len(test[0])}
         return Split(self._table(*train), self._table(*test), metadata)
 
     def _read(self, fetch: Fetch) -> tuple[Images, Images]:

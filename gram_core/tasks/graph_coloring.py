@@ -202,9 +202,9 @@ class GraphColoring(Task):
         tables = [self._table(part) for part in (train, test)]
         counts = colouring_counts(test, self.n)
         metadata = {
-            "train_graphs": len(train),
+            "train_inputs": len(train),
             "train_pairs": len(tables[0]),
-            "test_graphs": len(test),
+            "test_inputs": len(test),
             "test_pairs": len(tables[1]),
             "test_single_solution_inputs": int((counts == 1).sum()),
             "max_solutions": int(max(counts.max(), colouring_counts(train, self.n).max())),

@@ -281,8 +281,8 @@ class Sudoku(Task):
                 )
         alike = np.isin(invariant(test[0], size), invariant(train[0], size))
         metadata = {
-            "train_puzzles": len(train[0]),
-            "test_puzzles": len(test[0]),
+            "train_inputs": len(train[0]),
+            "test_inputs": len(test[0]),
             "train_mean_clues": float((train[0] > 0).sum(1).mean()),
             "test_mean_clues": float((test[0] > 0).sum(1).mean()),
             "train_mean_guesses": float(solve(train[0], size).guesses.mean()),

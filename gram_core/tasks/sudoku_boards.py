@@ -55,8 +55,8 @@ class SudokuBoards(Task):
             if not len(test):
                 raise TaskError("every test board is a training board; use other files")
         metadata = {
-            "train_boards": len(train),
-            "test_boards": len(test),
+            "train_targets": len(train),
+            "test_targets": len(test),
             "boards": BOARDS[self.config.size],
         }
         return Split(self._table(train), self._table(test), metadata)
