@@ -28,12 +28,15 @@ from gram_core.train.slots import Reading, Slots
 
 class TrainConfig(Config, frozen=True, kw_only=True):
     """Training. `batch` is the number of slots over all workers; `prior_slots` the share of them
-    that follows the prior throughout. `ema_warmup`, `halting` and `exploration` settle the gaps
-    G20 and G7."""
+    that follows the prior throughout. beta grows from `kl_from` times its value to the whole of it
+    over `kl_warmup` iterations. `ema_warmup`, `halting` and `exploration` settle the gaps G20 and
+    G7."""
 
     steps: PositiveInt = 28_100
     batch: PositiveInt = 768
     prior_slots: Fraction = 0.125
+    kl_from: Fraction = 0.0
+    kl_warmup: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     optim: OptimConfig = OptimConfig()
     ema: Fraction = 0.9999
@@ -123,7 +126,8 @@ def train(
     while progress.iteration < config.steps:
         slots.refill()
         noise = training_noise(config.seed, progress.iteration, engine.rank, shape).to(device)
-        batch = slots.batch()
+        share = torch.tensor(kl_share(config, progress.iteration), device=device)
+        batch = replace(slots.batch(), kl_share=share)
         if identifiers is not None:
             batch = replace(batch, identity=identifiers.leaf(batch.puzzle))
         result = engine.forward(batch, noise)
@@ -149,6 +153,12 @@ def train(
         if checkpoints and done % config.checkpoint_every == 0 and done < config.steps:
             checkpoints.save(engine, slots, ema, progress)
     return ema, progress
+
+
+def kl_share(config: TrainConfig, iteration: int) -> float:
+    """The part of beta that counts at an iteration (from 0)."""
+    done = min(1.0, iteration / config.kl_warmup) if config.kl_warmup else 1.0
+    return config.kl_from + (1.0 - config.kl_from) * done
 
 
 def means(terms: torch.Tensor) -> dict[str, float]:

@@ -57,7 +57,8 @@ class ObjectiveConfig(Config, frozen=True, kw_only=True):
 class Batch:
     """The slots at the start of a supervision step; `last` where it ends the trajectory in any
     case, `may_halt` where the halt head may end it. `identity` are the vectors of the identifiers
-    `puzzle`, where they learn by an optimiser of their own."""
+    `puzzle`, where they learn by an optimiser of their own; `kl_share` the part of `beta` that
+    counts at this iteration."""
 
     state: State
     inputs: UInt8[Tensor, "B S"]
@@ -68,6 +69,7 @@ class Batch:
     may_halt: Bool[Tensor, " B"]
     trace: Float[Tensor, "B N D"]
     identity: Float[Tensor, "B D"] | None = None
+    kl_share: Float[Tensor, ""] | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def supervise(
     loss = terms.mean("reconstruction", nll[charged_rows])
     if not twin:
         terms.mean("kl", plain)
-        loss = loss + config.beta * (charged.sum() / len(charged))
+        loss = loss + batch.kl_share * config.beta * (charged.sum() / len(charged))
 
     with torch.no_grad():
         prediction = logits.argmax(-1).to(torch.uint8)

@@ -68,7 +68,7 @@ def test_each_trajectory_is_the_one_rolled_out_alone(model, puzzles):
         assert result.value[0, job] == pytest.approx(value, abs=1e-5)
         assert np.array_equal(result.prediction[0, job], answer)
     # The comparison means something: some halt, some do not, at several steps.
-    assert set(result.steps[0]) >= {1, 2, 4}
+    assert len(set(result.steps[0])) > 2
     assert 0 < result.halted.sum() < 21
     assert len(np.unique(result.prediction[0], axis=0)) > 10
 

