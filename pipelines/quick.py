@@ -13,8 +13,9 @@ from pipelines.runtime import entry, fail, say
 FOLDER = Path(".gram") / "quick"
 
 
-def run_here(profile: str) -> None:
-    """All stages of `profile` in the working folder, as `dvc repro` would run them."""
+def run_here(profile: str, overrides: Sequence[str] = ()) -> None:
+    """All stages of `profile` in the working folder, as `dvc repro` would run them; `overrides`
+    are Hydra's."""
     from pipelines.dataset import augment, generate
     from pipelines.evaluate import evaluate
     from pipelines.params import FILE, load_run, load_task, read_params
@@ -23,7 +24,7 @@ def run_here(profile: str) -> None:
     from pipelines.sample import sample_run
     from pipelines.train import train_run
 
-    compose(profile, FILE)
+    compose(profile, FILE, overrides)
     params = read_params()
     for name in params["tasks"]:
         task = load_task(name)

@@ -5,15 +5,17 @@ inline SVG. Colours are CSS classes of the page; the only shared drawing is the 
 To show another task, write its renderer and add it to `RENDERERS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isqrt
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from gram_core.config import ConfigError
 from gram_core.tasks.nqueens import QUEEN
+from gram_core.tasks.registry import make_task
 from pipelines.report import drawings
-from pipelines.report.inputs import TaskInputs
 
 Tokens = np.ndarray
 Renderer = Callable[[Tokens, Tokens | None, str], Markup]
@@ -86,16 +88,18 @@ RENDERERS: dict[str, Renderer] = {
 }
 
 
-def renderer(task: TaskInputs) -> Renderer:
-    """The task's own renderer, else the text that the task itself renders, else the bare
-    tokens."""
-    own = RENDERERS.get(task.kind)
+def renderer(settings: Mapping[str, Any]) -> Renderer:
+    """The renderer of the task that `settings` describes: its own, else the text that the task
+    itself renders, else the bare tokens."""
+    own = RENDERERS.get(str(settings.get("kind", "")))
     if own is not None:
         return own
-    known = task.task
+    try:
+        write: Callable[[Tokens], str] = make_task(settings, "task").render
+    except ConfigError:
 
-    def write(tokens: Tokens) -> str:
-        return " ".join(map(str, tokens.tolist())) if known is None else known.render(tokens)
+        def write(tokens: Tokens) -> str:
+            return " ".join(map(str, tokens.tolist()))
 
     def text(inputs: Tokens, answer: Tokens | None, label: str) -> Markup:
         shown = write(inputs if answer is None else answer)

@@ -57,8 +57,8 @@ def build(
         read=read,
         by_task=by_task,
         figures=_figures(frames, by_task, [run.name for run in read]),
-        galleries=[(task, puzzles, boards.renderer(task)) for task, puzzles in shown],
-        samples=[(task, its, boards.renderer(task)) for task, its in samples],
+        galleries=[(task, puzzles, boards.renderer(task.settings)) for task, puzzles in shown],
+        samples=[(task, its, boards.renderer(task.settings)) for task, its in samples],
     )
     csv = {
         "results": series.results(read),
