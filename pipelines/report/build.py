@@ -14,7 +14,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gram_core.files import write_atomic
-from pipelines.report import boards, figures, gallery, results, series
+from pipelines.report import boards, figures, gallery, results, series, summary
 from pipelines.report.inputs import ReportError, RunInputs, TaskInputs, read_run, read_task
 from pipelines.report.layout import Figure
 
@@ -138,6 +138,8 @@ def _render(
             }
             for task, runs in by_task
         ],
+        overview=[(run, summary.row(run.metrics)) for run in read] if len(by_task) > 1 else [],
+        columns=[title for _, title in summary.COLUMNS],
         likelihood=results.likelihood_rows(read),
         facts=list(
             zip(results.FACTS, zip(*map(results.run_facts, read), strict=True), strict=True)

@@ -179,7 +179,11 @@ def metric_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[MetricRow]:
     answers for, and without a rule nothing is valid."""
     rows = []
     widest = max(runs, key=lambda run: run.width)
+    # With one solution each, finding one is finding all.
+    single = task.conditional and set(task.puzzles["solution_count"]) == {1}
     for name, title, explanation in ROWS:
+        if single and name in ("accuracy_pairs", "coverage", "coverage_pairs"):
+            continue
         if not task.judged or (not task.conditional and name not in UNCONDITIONAL):
             continue
         optional = name.startswith("coverage") or name == "accuracy_pairs"

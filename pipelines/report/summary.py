@@ -4,7 +4,9 @@ Prints Markdown. A test holds the README to the committed metrics.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.params import MODELS, RESULTS, read_params
@@ -30,26 +32,38 @@ NONE = "–"
 PARTS = (RESULTS, MODELS)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A run in one line: N, its largest width, the numbers of `COLUMNS` in per cent with their
+    intervals, and what its task measures beside them."""
+
+    width: int
+    cells: list[str]
+    also: str
+
+
+def row(found: Mapping[str, float]) -> Row:
+    """The line of a run with these metrics."""
+    width = max(int(key[9:]) for key in found if re.fullmatch(r"distinct@\d+", key))
+    also = [f"{title} {_number(found, name, width)}" for name, title in OWN.items()]
+    cells = [_cell(found, name, width) for name, _ in COLUMNS]
+    return Row(width, cells, ", ".join(text for text in also if not text.endswith(NONE)))
+
+
 def table(root: Path, runs: Iterable[str]) -> list[str]:
-    """One row a run, in per cent with 95% intervals over puzzles, N being the run's largest width,
-    and after the runs of a task that has inputs with several solutions what a perfect
-    deterministic solver gets there. Raises `ReportError` where a run's metrics are missing."""
+    """One row a run, and last what a perfect deterministic solver gets on the first run's inputs.
+    Raises `ReportError` where a run's metrics are missing."""
     titles = ["run", "N", *(title for _, title in COLUMNS), "also", "training"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     solver: list[str] = []
     for run in runs:
         found, training = (_read(root / folder / run / "metrics.json") for folder in PARTS)
-        width = max(int(key.partition("@")[2]) for key in found if key.startswith("distinct@"))
-        cells = [_cell(found, name, width) for name, _ in COLUMNS]
-        also = ", ".join(
-            f"{title} {_number(found, name, width)}"
-            for name, title in OWN.items()
-            if _key(found, name, width)
-        )
+        line = row(found)
         minutes = f"{training['train_seconds'] / 60:.1f} min"
-        lines.append(f"| `{run}` | {width} | {' | '.join(cells)} | {also} | {minutes} |")
-        solver = solver or [_solver(found, name, width) for name, _ in COLUMNS]
-    lines.append(f"| a perfect deterministic solver on the first | | {' | '.join(solver)} | | |")
+        cells = " | ".join(line.cells)
+        lines.append(f"| `{run}` | {line.width} | {cells} | {line.also} | {minutes} |")
+        solver = solver or [_solver(found, name, line.width) for name, _ in COLUMNS]
+    lines.append(f"| a perfect deterministic solver, on the first | | {' | '.join(solver)} | | |")
     return lines
 
 
@@ -61,12 +75,12 @@ def _read(path: Path) -> dict[str, float]:
     return found
 
 
-def _key(found: dict[str, float], name: str, width: int) -> str:
+def _key(found: Mapping[str, float], name: str, width: int) -> str:
     """The key of a metric at this width or without one; empty where the run has none."""
     return next((key for key in (name, f"{name}@{width}") if key in found), "")
 
 
-def _cell(found: dict[str, float], name: str, width: int) -> str:
+def _cell(found: Mapping[str, float], name: str, width: int) -> str:
     key = _key(found, name, width)
     if not key:
         return NONE
@@ -74,12 +88,15 @@ def _cell(found: dict[str, float], name: str, width: int) -> str:
     return f"{100 * found[key]:.1f} ({low:.1f}–{high:.1f})"
 
 
-def _number(found: dict[str, float], name: str, width: int) -> str:
-    value = found[_key(found, name, width)]
-    return f"{value:.3g}" if name.startswith(("conflicts", "classifier")) else f"{100 * value:.1f}"
+def _number(found: Mapping[str, float], name: str, width: int) -> str:
+    key = _key(found, name, width)
+    if not key:
+        return NONE
+    share = not name.startswith(("conflicts", "classifier"))
+    return f"{100 * found[key]:.1f}" if share else f"{found[key]:.3g}"
 
 
-def _solver(found: dict[str, float], name: str, width: int) -> str:
+def _solver(found: Mapping[str, float], name: str, width: int) -> str:
     return f"{100 * found.get(f'{name}_deterministic@{width}', 1.0):.1f}"
 
 
