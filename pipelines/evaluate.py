@@ -14,7 +14,7 @@ import torch
 from gram_core import tables
 from gram_core.config import ConfigError
 from gram_core.evaluate.bound import bound
-from gram_core.evaluate.images import scores
+from gram_core.evaluate.images import inception_scores, scores
 from gram_core.evaluate.metrics import (
     EvaluateConfig,
     generated,
@@ -121,6 +121,8 @@ def _own(
         train, test = (labelled(run.task_name, run.task, part) for part in ("train", "test"))
         side, steps = run.task.image[0], config.classifier_steps
         found.update(scores(answers_, train, test, side, steps=steps, seed=config.seed))
+        if config.inception is not None:
+            found.update(inception_scores(answers_, train[0], side, config.inception))
     elif not run.task.conditional:
         known = examples(run.task_name, run.task, "train").target.numpy()
         found.update(generated(rows, {row.tobytes() for row in known}, config))

@@ -1,13 +1,15 @@
-"""Scores of generated digits: Inception Score and Frechet distance in a feature space of ours.
+"""Scores of generated digits: Inception Score and Frechet distance.
 
-The paper (4.3) takes both in the features of a network trained on ImageNet. Here a small
-classifier is trained on the task's own labelled images, so that no weights need to be fetched; its
-scores compare runs of this project with each other and never with the paper's.
+The paper (4.3) takes both in the features of a network trained on ImageNet: `inception_scores`,
+which needs torch-fidelity and that network's weights. `scores` needs neither: it trains a small
+classifier on the task's own labelled images, and compares runs of this project with each other
+and never with the paper's.
 
 Shapes: N images, C classes, E features.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +17,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gram_core.config import ConfigError
+
 FEATURES = 64
 BATCH = 256
+DOWNLOAD = "download"
 
 
 class Classifier(nn.Module):
@@ -124,3 +129,52 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     cross = np.linalg.eigvalsh(root @ s2 @ root)
     trace = np.trace(s1) + np.trace(s2) - 2 * np.sqrt(np.clip(cross, 0, None)).sum()
     return float(gap @ gap + trace)
+
+
+class _Pictures(torch.utils.data.Dataset[Tensor]):
+    """Binary images as the three-channel bytes that torch-fidelity reads."""
+
+    def __init__(self, pixels: UInt8[Tensor, "N S"], side: int) -> None:
+        self.pixels = pixels.view(-1, 1, side, side)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, row: int) -> UInt8[Tensor, "3 H W"]:
+        return ((self.pixels[row] == 2).to(torch.uint8) * 255).expand(3, -1, -1)
+
+
+def inception_scores(
+    generated: UInt8[Tensor, "G S"], reference: UInt8[Tensor, "N S"], side: int, weights: str
+) -> dict[str, float]:
+    """`inception_score` and `inception_distance` (FID against `reference`) by torch-fidelity in the
+    features of Inception-v3; `weights` is `download` or a file of its weights.
+
+    The paper's reference are the grey images; ours are the binarised ones, since those are what
+    a perfect generator would make. Raises `ConfigError` where the package or weights are missing.
+    """
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise ConfigError(
+            "evaluate.inception: needs the package torch-fidelity; pip install 'gram[images]'"
+        ) from None
+    if weights != DOWNLOAD and not Path(weights).is_file():
+        raise ConfigError(f"evaluate.inception: {weights}: no such file; use a file or {DOWNLOAD}")
+    try:
+        found = torch_fidelity.calculate_metrics(
+            input1=_Pictures(generated, side),
+            input2=_Pictures(reference, side),
+            isc=True,
+            fid=True,
+            cuda=torch.cuda.is_available(),
+            verbose=False,
+            feature_extractor_weights_path=None if weights == DOWNLOAD else weights,
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"evaluate.inception: no weights to be had ({reason})") from None
+    return {
+        "inception_score": float(found["inception_score_mean"]),
+        "inception_distance": float(found["frechet_inception_distance"]),
+    }

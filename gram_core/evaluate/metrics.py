@@ -22,11 +22,13 @@ from gram_core.config import Config, NonNegativeInt, PositiveInt
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
     """Which widths to report, the bootstrap of the intervals, how many test pairs the bounds are
-    over at most, and for images how long the classifier that scores them is trained."""
+    over at most, and for images how long the classifier that scores them is trained and the
+    weights of Inception-v3, `download` or a file, if that shall score them too."""
 
     widths: tuple[PositiveInt, ...] = (1, 5, 10, 20)
     bound_pairs: PositiveInt = 5000
     classifier_steps: PositiveInt = 600
+    inception: str | None = None
     resamples: Annotated[int, msgspec.Meta(ge=100)] = 1000
     seed: NonNegativeInt = 0
 

@@ -40,6 +40,8 @@ OWN = {
     "unique": "Distinct among the valid answers",
     "novel": "Not among the training answers, of the distinct valid ones",
     "distinct": "Distinct answers",
+    "inception_score": "Inception Score",
+    "inception_distance": "FID against the binarised training images",
     "classifier_score": "Classifier score (our classifier, not the paper's IS)",
     "classifier_score_real": "Classifier score of the held-out images",
     "classifier_distance": "Classifier distance (our classifier, not the paper's FID)",

@@ -1,14 +1,21 @@
 """Scores of images against closed forms and scipy."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 
+from gram_core.config import ConfigError
 from gram_core.evaluate.images import (
     frechet_distance,
     inception_score,
+    inception_scores,
     look,
     scores,
     train_classifier,
@@ -73,3 +80,36 @@ def test_training_the_classifier_leaves_the_random_state_alone(
     np.testing.assert_allclose(
         seen.probabilities, model(digits[0][:10]).softmax(-1).detach().numpy(), atol=1e-5
     )
+
+
+def test_inception_reads_the_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The network itself and its weights are torch-fidelity's; what it is given is ours."""
+    asked: dict[str, Any] = {}
+
+    def calculate(**settings: Any) -> dict[str, float]:
+        asked.update(settings)
+        return {"inception_score_mean": 2.0, "frechet_inception_distance": 70.0}
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(calculate_metrics=calculate))
+    pixels = torch.tensor([[1, 2, 2, 1], [1, 1, 1, 2]], dtype=torch.uint8)
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    found = inception_scores(pixels, pixels[:1], 2, str(weights))
+    assert found == {"inception_score": 2.0, "inception_distance": 70.0}
+    assert [len(asked[name]) for name in ("input1", "input2")] == [2, 1]
+    assert asked["input1"][0].tolist() == [[[0, 255], [255, 0]]] * 3
+    assert asked["feature_extractor_weights_path"] == str(weights)
+    inception_scores(pixels, pixels, 2, "download")
+    assert asked["feature_extractor_weights_path"] is None
+    with pytest.raises(ConfigError, match="nowhere: no such file"):
+        inception_scores(pixels, pixels, 2, "nowhere")
+
+    def refuse(**settings: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(sys.modules["torch_fidelity"], "calculate_metrics", refuse)
+    with pytest.raises(ConfigError, match=r"no weights to be had \(no network\)"):
+        inception_scores(pixels, pixels, 2, "download")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ConfigError, match="needs the package torch-fidelity"):
+        inception_scores(pixels, pixels, 2, "download")
