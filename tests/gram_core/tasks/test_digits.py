@@ -62,7 +62,7 @@ def test_pixels_above_half_are_white_and_the_last_images_are_held_out(
         assert (tables.tokens_numpy(part["inputs"]) == 1).all()
         got = [int(group.split("/")[0]) for group in part["group_id"].to_pylist()]
         assert got == labels[rows].tolist()
-    assert split.metadata == {"train_images": 20, "test_images": 10}
+    assert split.metadata == {"train_targets": 20, "test_targets": 10}
 
 
 def test_a_part_of_the_training_images_can_be_drawn(files: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_core.config import ConfigError, load
+from gram_core.shape import TokenShape
 from gram_core.tables import tokens_numpy
 from gram_core.tasks.base import TaskError
 from gram_core.tasks.nqueens import (
@@ -473,4 +474,4 @@ def test_a_split_that_leaves_a_side_empty_is_refused(by, test, side):
 
 def test_the_task_tells_a_model_its_shape():
     task = NQueens(NQueensConfig(size=6, remove=(1,)))
-    assert (task.length, task.vocab, task.puzzles) == (36, 3, 1)
+    assert task.shape == TokenShape(36, 3)
