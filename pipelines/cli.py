@@ -10,6 +10,9 @@ EXAMPLES = """examples:
   gram solve nqueens8_gram \\
     "Q.......|........|........|........|........|........|........|....Q..."
   gram solve nqueens8_gram board.txt --width 50 --depth 8
+  gram solve sudoku4_gram "1...|..3.|.4..|...2"
+  gram solve coloring6_gram "1-2 1-3 2-3 3-4 4-5"
+  gram solve boards4_gram blank
   gram info nqueens8_gram
   gram sample nqueens8_gram
 
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "2 where the puzzle cannot be read.",
     )
     solve.add_argument("run", metavar="RUN", help="a run's name, or the folder of its model")
-    solve.add_argument("puzzle", help="rows of Q and . divided by |, or a file that holds them")
+    solve.add_argument("puzzle", help="in the notation of the run's task (docs/tasks.md), or a file that holds it")
     solve.add_argument("--width", type=_positive, default=20, help="trajectories (20)")
     solve.add_argument(
         "--depth", type=_positive, help="supervision steps allowed (as many as trained with)"

@@ -361,6 +361,7 @@ def test_unconditional_rows_come_from_the_answers_of_files(
 def test_unconditional_boards_parse_only_the_empty_board() -> None:
     task = boards_task(4, kind="generate")
     assert (task.parse("." * 16) == 1).all()
+    assert (task.parse("blank") == 1).all()
     with pytest.raises(TaskError, match="empty board"):
         task.parse("1" + "." * 15)
     assert task.render(task.parse("." * 16)) == "....\n" * 3 + "...."
