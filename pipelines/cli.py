@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "2 where the puzzle cannot be read.",
     )
     solve.add_argument("run", metavar="RUN", help="a run's name, or the folder of its model")
-    solve.add_argument("puzzle", help="in the notation of the run's task (docs/tasks.md), or a file that holds it")
+    solve.add_argument(
+        "puzzle", help="in the notation of the run's task (docs/tasks.md), or a file that holds it"
+    )
     solve.add_argument("--width", type=_positive, default=20, help="trajectories (20)")
     solve.add_argument(
         "--depth", type=_positive, help="supervision steps allowed (as many as trained with)"
