@@ -50,9 +50,11 @@ ablation: $(READY)
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation settings
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation profile
 
-## bench: training and sampling speed as ratios
+## bench: training and sampling speed as ratios, data a second, what ARC would cost
 bench: $(READY)
 	python -m benchmarks.speed
+	python -m benchmarks.data
+	python -m benchmarks.arc_cost
 
 clean:
 	rm -rf .venv

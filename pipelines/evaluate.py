@@ -114,6 +114,8 @@ def _own(
         columns["token_accuracy"] = ((answers == wanted) & scored).sum(1) / scored.sum(1)
     found = measured(rows.with_columns(**_series(columns)), list(columns), config)
     for name, shares in run.task.score(rows, test_table(run.task_name, run.task)).items():
+        if not len(shares):
+            continue  # every answer is secret
         e = ratio(shares, np.ones(len(shares)), config.resamples, config.seed)
         found[name], found[f"{name}_low"], found[f"{name}_high"] = e.value, e.low, e.high
     if run.task.image is not None:

@@ -1,11 +1,14 @@
 """The smoke profile in one process: every task from its data to the report."""
 
 import json
+import math
 from pathlib import Path
 
 import polars as pl
 import pytest
+from workspace import make_data, make_run, params, write_params
 
+from pipelines.params import load_run
 from pipelines.quick import main, run_here
 from pipelines.submission import write_submission
 
@@ -44,8 +47,6 @@ def test_every_task_has_its_numbers(workspace: Path) -> None:
 def test_arc_saves_its_identifiers_and_writes_a_submission(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.params import load_run
-
     about = json.loads((workspace / "models/smoke_arc/config.json").read_text())
     # Two training tasks and two scored ones, four variants each.
     assert len(about["identifiers"]) == 4 and about["identifiers"] == sorted(about["identifiers"])
@@ -58,6 +59,38 @@ def test_arc_saves_its_identifiers_and_writes_a_submission(
     with pytest.raises(Exception, match="not of kind arc"):
         write_submission(load_run("smoke_sudoku"), Path("no.json"))
     assert not Path("no.json").exists()
+
+
+def test_secret_answers_are_answered_and_not_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ARC folder as the ARC Prize gives it: the evaluation tasks' test outputs are not there."""
+    monkeypatch.chdir(tmp_path)
+    pair = {"input": [[1, 2]], "output": [[2, 1]]}
+    for part, test in (("training", pair), ("evaluation", {"input": [[3, 4]]})):
+        Path("tasks", part).mkdir(parents=True)
+        task = {"train": [pair, pair], "test": [test]}
+        Path("tasks", part, f"{part}.json").write_text(json.dumps(task))
+    document = params(
+        tasks={
+            "arc": {
+                "kind": "arc",
+                "source": {"kind": "folder", "path": "tasks"},
+                "augmentations": 1,
+                "test_variants": 2,
+            }
+        },
+        runs__tiny__task="arc",
+        runs__tiny__model__prefix_tokens=2,
+        runs__tiny__train__steps=4,
+    )
+    write_params(document)
+    make_data("arc")
+    found = make_run()
+    assert not any(name.startswith("pass") for name in found)
+    assert all(math.isfinite(value) for value in found.values())
+    assert write_submission(load_run("tiny"), Path("out.json")) == 1
+    assert set(json.loads(Path("out.json").read_text())) == {"evaluation"}
 
 
 def test_the_report_shows_every_task(workspace: Path) -> None:
