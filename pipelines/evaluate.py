@@ -75,12 +75,21 @@ def evaluate(run: Run) -> dict[str, float]:
 def _common(
     run: Run, puzzles: pl.DataFrame, sample: SampleConfig, config: EvaluateConfig
 ) -> dict[str, float]:
-    """What the table of puzzles says. Where nothing says which answers are valid, only how many
-    differ, and the steps."""
+    """What the table of puzzles says. Without an input there is none to choose an answer for, and
+    no interval over inputs; where nothing says which answers are valid, only how many differ and
+    the steps are left."""
     found = metrics(puzzles, sample.depth, config)
-    if run.task.verifies or run.task.conditional:
+    if run.task.conditional:
         return found
-    return {name: v for name, v in found.items() if name.startswith(("distinct", "steps"))}
+    kept = {"distinct", "steps", "steps_low", "steps_high"}
+    if run.task.verifies:
+        kept |= {"accuracy", "accuracy_low", "accuracy_high"}
+        kept |= {"coverage", "coverage_ideal", "coverage_deterministic"}
+    return {
+        name: value
+        for name, value in found.items()
+        if name.partition("@")[0] in kept and not ("@" in name and name.endswith(("_low", "_high")))
+    }
 
 
 def _check(path: Path, rows: pl.DataFrame, counts: pl.DataFrame, sample: SampleConfig) -> None:

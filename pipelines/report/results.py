@@ -173,7 +173,7 @@ def cell(run: RunInputs, name: str, *, optional: bool = False) -> Cell:
     key = metric_key(name, run.width)
     if optional and key not in run.metrics:
         return Cell()
-    return Cell(run.metric(key), run.metric(f"{key}_low"), run.metric(f"{key}_high"))
+    return Cell(run.metric(key), run.metrics.get(f"{key}_low"), run.metrics.get(f"{key}_high"))
 
 
 def metric_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[MetricRow]:

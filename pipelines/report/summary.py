@@ -84,6 +84,8 @@ def _cell(found: Mapping[str, float], name: str, width: int) -> str:
     key = _key(found, name, width)
     if not key:
         return NONE
+    if f"{key}_low" not in found:
+        return f"{100 * found[key]:.1f}"
     low, high = 100 * found[f"{key}_low"], 100 * found[f"{key}_high"]
     return f"{100 * found[key]:.1f} ({low:.1f}–{high:.1f})"
 

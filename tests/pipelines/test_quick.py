@@ -35,7 +35,10 @@ def test_every_task_has_its_numbers(workspace: Path) -> None:
     assert coloring["conflicts_total"] == pytest.approx(12 * coloring["conflicts"])
     assert "coverage@4" in coloring
     boards = numbers(workspace, "smoke_boards")
-    assert {"accuracy", "coverage@50"} <= set(boards)
+    assert {"accuracy", "accuracy_low", "coverage@50", "coverage_ideal@50"} <= set(boards)
+    # One input: nothing to select an answer for, no interval over inputs.
+    assert not any(name.startswith(("best_of", "any_valid", "majority")) for name in boards)
+    assert "coverage@50_low" not in boards
     digits = numbers(workspace, "smoke_digits")
     assert {"classifier_score", "classifier_distance", "distinct@50", "bound"} <= set(digits)
     assert not any(name.startswith(("accuracy", "any_valid", "coverage")) for name in digits)
