@@ -50,7 +50,7 @@ def seconds_a_slot(slots: int) -> float:
         start = time.perf_counter()
         result = engine.forward(batches.batch(), noise)
         engine.step(result.loss, 1e-4)
-        float(result.loss)
+        result.loss.item()
         times.append(time.perf_counter() - start)
         batches.absorb(result)
     return sorted(times[1:])[REPEATS // 2] / slots
