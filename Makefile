@@ -4,7 +4,7 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 READY := .venv/ready
 
-.PHONY: repro smoke test test-all lint params ablation bench clean
+.PHONY: repro quick smoke test test-all lint params ablation bench clean
 .DELETE_ON_ERROR:
 
 $(READY): requirements.lock pyproject.toml
@@ -18,7 +18,11 @@ $(READY): requirements.lock pyproject.toml
 repro: $(READY)
 	dvc repro
 
-## smoke: the same pipeline in a minute, on the smoke profile (rewrites params.yaml; `make params` restores it)
+## quick: a first look in a minute: a report over every task, learning nothing, in .gram/quick
+quick: $(READY)
+	python -m pipelines.quick
+
+## smoke: the same pipeline through DVC, on the smoke profile (rewrites params.yaml; `make params` restores it)
 smoke: $(READY)
 	python -m pipelines.profiles smoke
 	dvc repro
@@ -46,9 +50,11 @@ ablation: $(READY)
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation settings
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation profile
 
-## bench: training and sampling speed as ratios
+## bench: training and sampling speed as ratios, data a second, what ARC would cost
 bench: $(READY)
 	python -m benchmarks.speed
+	python -m benchmarks.data
+	python -m benchmarks.arc_cost
 
 clean:
 	rm -rf .venv

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gram_core import tables
 from gram_core.config import ConfigError, load
 from gram_core.evaluate.metrics import EvaluateConfig, puzzle_table, summarise
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.tasks.registry import make_task
@@ -125,13 +125,13 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     """Train and evaluate one variant with one seed."""
     torch._dynamo.reset()
     task = make_task(study.task, "task")
-    split = task.generate()
+    split = task.generate(Path)
     inputs, target = (
         torch.from_numpy(tables.tokens_numpy(split.train[c]).copy()) for c in ("inputs", "target")
     )
     model_config, objective, config = study.configs(change, seed)
     torch.manual_seed(seed)
-    model = GRAM(model_config, TokenShape(task.length, task.vocab))
+    model = GRAM(model_config, task.shape)
     module = Supervised(
         model,
         objective,
@@ -164,7 +164,7 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     held_out = torch.from_numpy(rows["inputs"].to_numpy().copy())
     sample = load(SampleConfig, {**study.sample, "width": 20, "depth": 4}, "sample")
     sampler = Sampler(model.eval(), task, sample, 1)
-    puzzles = Puzzles(rows["puzzle_id"].to_list(), held_out)
+    puzzles = Puzzles.of(rows["puzzle_id"].to_list(), held_out)
     table = sampler.rows(puzzles, [set() for _ in range(study.inputs)], lambda finished: None)
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)

@@ -70,7 +70,7 @@ def sampling(compaction: bool) -> float:
     torch.nn.init.normal_(model.halt.map.weight)
     torch.nn.init.zeros_(model.halt.map.bias)
     puzzles, _ = held_out(run.task_name, run.task)
-    few = Puzzles(puzzles.ids[:60], puzzles.inputs[:60])
+    few = Puzzles.of(puzzles.ids[:60], puzzles.inputs[:60])
     config = SampleConfig(width=20, depth=16, batch=256, compaction=compaction)
     start = time.perf_counter()
     rollout(model, few, config)

@@ -7,6 +7,7 @@
 Needs torch and a model folder; knows nothing of pipelines.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gram_core.config import dump, load
 from gram_core.model.gram import GRAM
 from gram_core.model.store import ModelError, load_model
 from gram_core.sample.trajectory import SampleConfig, rollout
-from gram_core.tasks.base import Task
+from gram_core.tasks.base import Task, TaskError
 from gram_core.tasks.batches import Puzzles
 from gram_core.tasks.registry import make_task
 
@@ -37,10 +38,13 @@ class Answer:
 class Solver:
     """A trained model with its task."""
 
-    def __init__(self, model: GRAM, task: Task, sample: SampleConfig) -> None:
+    def __init__(
+        self, model: GRAM, task: Task, sample: SampleConfig, groups: Sequence[str] = ()
+    ) -> None:
         self.model = model
         self.task = task
         self.sample = sample
+        self.groups = groups
 
     @classmethod
     def load(
@@ -59,7 +63,8 @@ class Solver:
         if "task" not in about:
             raise ModelError(f"{path / 'config.json'}: names no task")
         task = make_task(about["task"], f"{path / 'config.json'}: task")
-        return cls(model, task, sample or SampleConfig(depth=model.config.N_sup))
+        config = sample or SampleConfig(depth=model.config.N_sup)
+        return cls(model, task, config, about.get("identifiers", []))
 
     def solve(self, puzzle: str, width: int = 20, **settings: Any) -> list[Answer]:
         """The distinct answers of `width` trajectories: verified ones first, then by the number
@@ -70,9 +75,12 @@ class Solver:
         inputs = torch.from_numpy(tokens)[None]
         changes = {"depths": (), "width": width, **settings}
         config = load(SampleConfig, {**dump(self.sample), **changes}, "solve")
-        result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs), config)
-        predictions = result.prediction[0]
-        valid = self.task.verify(inputs.expand(width, -1), torch.from_numpy(predictions))
+        identifier = torch.tensor([self._identifier(puzzle)], dtype=torch.int32)
+        result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs, identifier), config)
+        predictions = self.task.canonical(result.prediction[0])
+        valid = torch.zeros(width, dtype=torch.bool)
+        if self.task.verifies:
+            valid = self.task.verify(inputs.expand(width, -1), torch.from_numpy(predictions))
         groups: dict[bytes, list[int]] = {}
         for row, prediction in enumerate(predictions):
             groups.setdefault(prediction.tobytes(), []).append(row)
@@ -87,6 +95,14 @@ class Solver:
             for rows in groups.values()
         ]
         return sorted(answers, key=lambda a: (not a.verified, -a.count, -a.value))
+
+    def _identifier(self, puzzle: str) -> int:
+        if not self.task.identified:
+            return 0
+        group = self.task.group(puzzle)
+        if group not in self.groups:
+            raise TaskError(f"this model has no identifier for {group!r}: it was not trained on it")
+        return self.groups.index(group) * self.task.variants
 
 
 def puzzle_name(tokens: np.ndarray) -> str:

@@ -10,6 +10,9 @@ EXAMPLES = """examples:
   gram solve nqueens8_gram \\
     "Q.......|........|........|........|........|........|........|....Q..."
   gram solve nqueens8_gram board.txt --width 50 --depth 8
+  gram solve sudoku4_gram "1...|..3.|.4..|...2"
+  gram solve coloring6_gram "1-2 1-3 2-3 3-4 4-5"
+  gram solve boards4_gram blank
   gram info nqueens8_gram
   gram sample nqueens8_gram
 
@@ -36,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "2 where the puzzle cannot be read.",
     )
     solve.add_argument("run", metavar="RUN", help="a run's name, or the folder of its model")
-    solve.add_argument("puzzle", help="rows of Q and . divided by |, or a file that holds them")
+    solve.add_argument(
+        "puzzle", help="in the notation of the run's task (docs/tasks.md), or a file that holds it"
+    )
     solve.add_argument("--width", type=_positive, default=20, help="trajectories (20)")
     solve.add_argument(
         "--depth", type=_positive, help="supervision steps allowed (as many as trained with)"
@@ -47,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sample = commands.add_parser("sample", help="sample a run's test puzzles (the DVC stage)")
     sample.add_argument("run", metavar="RUN")
+    submission = commands.add_parser(
+        "submission",
+        help="an ARC run's answers in the form of the ARC Prize",
+        description="Write the two best-voted answers to every test input of an ARC run, from its "
+        "trajectories.",
+    )
+    submission.add_argument("run", metavar="RUN")
+    submission.add_argument("file", nargs="?", default="submission.json", help="(submission.json)")
     info = commands.add_parser("info", help="a run's model, training and results")
     info.add_argument("run", metavar="RUN")
     return top
@@ -68,6 +81,13 @@ def main(arguments: Sequence[str]) -> int:
         from pipelines.sample import sample_run
 
         say(f"sample {chosen.run}: {sample_run(load_run(chosen.run))} rows")
+        return 0
+    if chosen.command == "submission":
+        from pipelines.params import load_run
+        from pipelines.submission import write_submission
+
+        tasks = write_submission(load_run(chosen.run), Path(chosen.file))
+        say(f"{chosen.file}: two attempts for every input of {tasks} tasks")
         return 0
     return _info(chosen.run)
 

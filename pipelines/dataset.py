@@ -1,11 +1,13 @@
-"""The data stages: generate a task's raw tables, augment them, and read them back.
+"""The data stages: generate a task's raw tables, augment them, and read them back. A target that
+is all padding is a secret one.
 
 Knows where the tables of a task lie; what is in them is the task's.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
@@ -20,11 +22,12 @@ from gram_core.tasks.base import Split, Task
 from gram_core.tasks.batches import Examples, Puzzles
 from pipelines.params import DATA
 from pipelines.provenance import provenance
+from pipelines.sources import fetch
 
 
-def generate(name: str, task: Task) -> dict[str, int]:
+def generate(name: str, task: Task) -> dict[str, Any]:
     """data/NAME/raw/{train,test}.parquet and metadata.json; the counts in the latter."""
-    split = task.generate()
+    split = task.generate(fetch)
     folder = DATA / name / "raw"
     _write(folder, split, task)
     metadata = json.dumps(split.metadata, indent=2) + "\n"
@@ -65,29 +68,97 @@ def read(path: Path, task: Task) -> pa.Table:
     return table
 
 
-def examples(name: str, task: Task, part: Literal["train", "test"]) -> Examples:
-    """The pairs of one table, in its order, as tensors."""
+def identifiers(name: str, task: Task) -> list[str]:
+    """The groups whose variants have learned identifiers, in the order of these; none where the
+    task's have not."""
+    if not task.identified:
+        return []
+    return sorted(set(read(DATA / name / "train.parquet", task)["group_id"].to_pylist()))
+
+
+def _puzzle(table: pa.Table, task: Task, groups: Sequence[str]) -> torch.Tensor:
+    """The learned identifier of each row, int32 [N]: those of a group's variants follow each
+    other. Raises `TableError` for a group that training did not see."""
+    if not task.identified:
+        return torch.zeros(len(table), dtype=torch.int32)
+    first = {group: number * task.variants for number, group in enumerate(groups)}
+    rows = zip(table["group_id"].to_pylist(), table["augmentation"].to_pylist(), strict=True)
+    try:
+        numbers = [first[group] + int(variant or 0) for group, variant in rows]
+    except KeyError as error:
+        raise TableError(f"group {error} has no learned identifier: it is not trained on") from None
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def examples(
+    name: str, task: Task, part: Literal["train", "test"], groups: Sequence[str] = ()
+) -> Examples:
+    """The pairs of one table whose target is known, in its order, as tensors; training rows with
+    their variants, none of which is a test input. `groups` are `identifiers`."""
     table = read(DATA / name / f"{part}.parquet", task)
+    if part == "test":
+        table = table.filter(tables.tokens_numpy(table["target"]).any(axis=1))
     inputs = torch.from_numpy(tables.tokens_numpy(table["inputs"]).copy())
     target = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
-    return Examples(inputs, target, torch.zeros(len(table), dtype=torch.int32))
+    puzzle = _puzzle(table, task, groups)
+    if part == "test" or task.variants == 1:
+        return Examples(inputs, target, puzzle)
+    held_out: frozenset[bytes] = frozenset()
+    if not task.identified:
+        # With identifiers the answer hangs on the group: another's input gives nothing away.
+        test = tables.tokens_numpy(test_table(name, task)["inputs"])
+        held_out = frozenset(row.tobytes() for row in test)
+    return Examples(
+        inputs,
+        target,
+        puzzle,
+        variants=task.variants,
+        vary=task.vary,
+        groups=table["group_id"].to_pylist(),
+        held_out=held_out,
+        identified=task.identified,
+    )
 
 
-def held_out(name: str, task: Task) -> tuple[Puzzles, dict[str, set[bytes]]]:
-    """The unique test inputs in the table's order, and the known targets of each."""
-    table = read(DATA / name / "test.parquet", task)
+def labelled(
+    name: str, task: Task, part: Literal["train", "test"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of one table and their labels, uint8 [N, S] and [N]; an image's label stands in
+    its `group_id` before the slash."""
+    table = read(DATA / name / f"{part}.parquet", task)
+    labels = [int(group.partition("/")[0]) for group in table["group_id"].to_pylist()]
+    images = torch.from_numpy(tables.tokens_numpy(table["target"]).copy())
+    return images, torch.tensor(labels, dtype=torch.uint8)
+
+
+def held_out(
+    name: str, task: Task, groups: Sequence[str] = ()
+) -> tuple[Puzzles, dict[str, set[bytes]]]:
+    """The unique test inputs in the table's order, and the known targets of each. `groups` are
+    those that the model has identifiers for."""
+    table = test_table(name, task)
     inputs, target = (tables.tokens_numpy(table[c]) for c in ("inputs", "target"))
+    told = target.any(axis=1)
     first: dict[str, int] = {}
     targets: dict[str, set[bytes]] = {}
     for row, puzzle_id in enumerate(table["puzzle_id"].to_pylist()):
         first.setdefault(puzzle_id, row)
-        targets.setdefault(puzzle_id, set()).add(target[row].tobytes())
-    return Puzzles(list(first), torch.from_numpy(inputs[list(first.values())].copy())), targets
+        known = targets.setdefault(puzzle_id, set())
+        if told[row]:
+            known.add(target[row].tobytes())
+    rows = torch.tensor(list(first.values()))
+    unique = torch.from_numpy(inputs[rows.numpy()].copy())
+    return Puzzles(list(first), unique, _puzzle(table, task, groups)[rows]), targets
+
+
+def test_table(name: str, task: Task) -> pa.Table:
+    """The test rows. Raises `TableError`."""
+    return read(DATA / name / "test.parquet", task)
 
 
 def solution_counts(name: str, task: Task) -> pl.LazyFrame:
     """`puzzle_id` and `solution_count` of the test inputs."""
-    table = read(DATA / name / "test.parquet", task)
+    table = test_table(name, task)
     frame = pl.from_arrow(table.select(["puzzle_id", "solution_count"]))
     if not isinstance(frame, pl.DataFrame):
         raise GramError(f"test table of {name}: not a table")

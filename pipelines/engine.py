@@ -57,6 +57,11 @@ class DeepSpeedEngine:
         dist.all_reduce(summed)
         return summed
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         dist.barrier()
 

@@ -4,6 +4,7 @@ A guided model is also asked for the bounds on its likelihood, on the test pairs
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,28 @@ import torch
 from gram_core import tables
 from gram_core.config import ConfigError
 from gram_core.evaluate.bound import bound
-from gram_core.evaluate.metrics import EvaluateConfig, metrics, puzzle_table, ratio, summarise
+from gram_core.evaluate.images import inception_scores, scores
+from gram_core.evaluate.metrics import (
+    EvaluateConfig,
+    generated,
+    measured,
+    metrics,
+    puzzle_table,
+    ratio,
+    summarise,
+)
 from gram_core.files import write_atomic
+from gram_core.model.gram import GRAM
 from gram_core.model.store import load_model
 from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tables import TableError
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.dataset import examples, solution_counts
+from pipelines.dataset import examples, held_out, labelled, solution_counts, test_table
 from pipelines.params import MODELS, RESULTS, Run
 from pipelines.provenance import provenance
 
-PAIRS = 512  # of the bounds, at a time
+POSITIONS = 32768  # of the bounds, at a time
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -46,13 +57,39 @@ def evaluate(run: Run) -> dict[str, float]:
     counts = solution_counts(run.task_name, run.task)
     _check(path, frame, counts.collect(), sample)
     puzzles = puzzle_table(frame.lazy(), counts, config.widths)
-    found = {**metrics(puzzles, sample.depth, config), **_bounds(run, config)}
+    model, about = load_model(MODELS / run.name)
+    groups = about.get("identifiers", [])
+    found = {
+        **_common(run, puzzles, sample, config),
+        **_own(run, frame.filter(pl.col("depth") == sample.depth), groups, config),
+        **_bounds(run, model, groups, config),
+    }
     scaling = _scaling(puzzles, sample, config)
-    about = {"run": run.name, **provenance()}
-    tables.write(folder / "puzzles.parquet", puzzles.to_arrow(), tables.puzzles_schema(), about)
+    made = {"run": run.name, **provenance()}
+    tables.write(folder / "puzzles.parquet", puzzles.to_arrow(), tables.puzzles_schema(), made)
     write_atomic(folder / "scaling.csv", scaling.write_csv().encode())
     write_atomic(folder / "metrics.json", (json.dumps(found, indent=2) + "\n").encode())
     return found
+
+
+def _common(
+    run: Run, puzzles: pl.DataFrame, sample: SampleConfig, config: EvaluateConfig
+) -> dict[str, float]:
+    """What the table of puzzles says. Without an input there is none to choose an answer for, and
+    no interval over inputs; where nothing says which answers are valid, only how many differ and
+    the steps are left."""
+    found = metrics(puzzles, sample.depth, config)
+    if run.task.conditional:
+        return found
+    kept = {"distinct", "steps", "steps_low", "steps_high"}
+    if run.task.verifies:
+        kept |= {"accuracy", "accuracy_low", "accuracy_high"}
+        kept |= {"coverage", "coverage_ideal", "coverage_deterministic"}
+    return {
+        name: value
+        for name, value in found.items()
+        if name.partition("@")[0] in kept and not ("@" in name and name.endswith(("_low", "_high")))
+    }
 
 
 def _check(path: Path, rows: pl.DataFrame, counts: pl.DataFrame, sample: SampleConfig) -> None:
@@ -68,26 +105,70 @@ def _check(path: Path, rows: pl.DataFrame, counts: pl.DataFrame, sample: SampleC
         )
 
 
-def _bounds(run: Run, config: EvaluateConfig) -> dict[str, float]:
+def _own(
+    run: Run, rows: pl.DataFrame, groups: Sequence[str], config: EvaluateConfig
+) -> dict[str, float]:
+    """What the task measures beside validity, and `token_accuracy` where every input has one known
+    answer; of an unconditional task, how different and how new its answers are."""
+    puzzles, targets = held_out(run.task_name, run.task, groups)
+    place = {puzzle_id: i for i, puzzle_id in enumerate(puzzles.ids)}
+    puzzle = np.array([place[puzzle_id] for puzzle_id in rows["puzzle_id"].to_list()])
+    answers = np.array(rows["prediction"].to_list(), dtype=np.uint8)
+    inputs = puzzles.inputs[torch.from_numpy(puzzle)]
+    numbers = run.task.measure(inputs, torch.from_numpy(answers))
+    columns = {name: values.numpy() for name, values in numbers.items()}
+    if all(len(known) == 1 for known in targets.values()):
+        wanted = np.stack([np.frombuffer(min(targets[i]), np.uint8) for i in puzzles.ids])[puzzle]
+        scored = wanted > 0
+        columns["token_accuracy"] = ((answers == wanted) & scored).sum(1) / scored.sum(1)
+    found = measured(rows.with_columns(**_series(columns)), list(columns), config)
+    for name, shares in run.task.score(rows, test_table(run.task_name, run.task)).items():
+        if not len(shares):
+            continue  # every answer is secret
+        e = ratio(shares, np.ones(len(shares)), config.resamples, config.seed)
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = e.value, e.low, e.high
+    if run.task.image is not None:
+        answers_ = torch.from_numpy(answers)
+        train, test = (labelled(run.task_name, run.task, part) for part in ("train", "test"))
+        side, steps = run.task.image[0], config.classifier_steps
+        found.update(scores(answers_, train, test, side, steps=steps, seed=config.seed))
+        if config.inception is not None:
+            found.update(inception_scores(answers_, train[0], side, config.inception))
+    elif not run.task.conditional:
+        known = examples(run.task_name, run.task, "train").target.numpy()
+        found.update(generated(rows, {row.tobytes() for row in known}, config))
+    return found
+
+
+def _series(columns: dict[str, np.ndarray]) -> dict[str, pl.Series]:
+    return {name: pl.Series(name, values) for name, values in columns.items()}
+
+
+def _bounds(
+    run: Run, model: GRAM, groups: Sequence[str], config: EvaluateConfig
+) -> dict[str, float]:
     """Means over the test pairs, in nats a pair, with intervals over puzzles: `bound`, Eq. 13, its
     parts `bound_reconstruction` and `bound_divergence`, and `bound_surrogate`, Eq. 14. Nothing for
     a model whose guidance has no density."""
-    model, _ = load_model(MODELS / run.name)
     shape = model.config
     if shape.guidance not in ("full", "stochastic_only"):
         return {}
     objective = run.section("objective", ObjectiveConfig)
-    pairs = examples(run.task_name, run.task, "test")
+    pairs = examples(run.task_name, run.task, "test", groups)
+    count = min(len(pairs), config.bound_pairs)
     transitions = shape.T if shape.deep_supervision else shape.T * shape.N_sup
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(pairs), PAIRS):
-        rows = range(start, min(start + PAIRS, len(pairs)))
+    size = max(1, POSITIONS // model.length)
+    for start in range(0, count, size):
+        rows = range(start, min(start + size, count))
         keys = [trajectory_key(config.seed, f"bound of pair {row}", 0) for row in rows]
 
         def noise(step: int, keys: list[np.ndarray] = keys) -> torch.Tensor:
             return batch_noise(keys, [step] * len(keys), (transitions, model.length, shape.dim))
 
-        inputs, target = (t[rows.start : rows.stop] for t in (pairs.inputs, pairs.target))
+        inputs, target, puzzle = (
+            t[rows.start : rows.stop] for t in (pairs.inputs, pairs.target, pairs.puzzle)
+        )
         of = bound(
             model,
             inputs,
@@ -95,6 +176,7 @@ def _bounds(run: Run, config: EvaluateConfig) -> dict[str, float]:
             noise,
             rollout=objective.rollout,
             likelihood=objective.cross_entropy,
+            puzzle=puzzle,
         )
         for name, values in (
             ("bound", of.full),
@@ -103,12 +185,12 @@ def _bounds(run: Run, config: EvaluateConfig) -> dict[str, float]:
             ("bound_divergence", of.divergence),
         ):
             parts.setdefault(name, []).append(values.double().numpy())
-    _, puzzle = np.unique(pairs.inputs.numpy(), axis=0, return_inverse=True)
-    count = np.bincount(puzzle).astype(float)
+    _, which = np.unique(pairs.inputs[:count].numpy(), axis=0, return_inverse=True)
+    weight = np.bincount(which).astype(float)
     flat: dict[str, float] = {}
     for name, chunks in parts.items():
-        total = np.bincount(puzzle, weights=np.concatenate(chunks))
-        estimate = ratio(total, count, config.resamples, config.seed)
+        total = np.bincount(which, weights=np.concatenate(chunks))
+        estimate = ratio(total, weight, config.resamples, config.seed)
         flat[name] = estimate.value
         flat[f"{name}_low"], flat[f"{name}_high"] = estimate.low, estimate.high
     return flat

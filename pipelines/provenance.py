@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.runtime import device_name, threads
 
+MADE = ("dvc.lock", "models", "results")
 PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "polars", "numpy")
 
 
@@ -27,8 +28,8 @@ def revision() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    # dvc.lock changes while a pipeline runs and says nothing about the code.
-    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")
+    # What a pipeline itself writes says nothing about the code.
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *map(":!{}".format, MADE))
     return commit + ("+" if dirty else "")
 
 

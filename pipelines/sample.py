@@ -40,8 +40,9 @@ class Sampler:
         self.board = board
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """Rows of the trajectories table for the puzzles of `batch` (`puzzle_id`, `inputs`, and
-        `targets`, the known answers of each puzzle as one string of bytes)."""
+        """Rows of the trajectories table for the puzzles of `batch` (`puzzle_id`, `inputs`,
+        `puzzle`, its learned identifier, and `targets`, the known answers of each puzzle as one
+        string of bytes)."""
         ids = [str(i) for i in batch["puzzle_id"]]
         inputs = torch.from_numpy(np.stack(list(batch["inputs"])).astype(np.uint8))
         post = self.board.post if self.board is not None else lambda finished: None
@@ -49,7 +50,8 @@ class Sampler:
         known = [
             {whole[i : i + size] for i in range(0, len(whole), size)} for whole in batch["targets"]
         ]
-        return self.rows(Puzzles(ids, inputs), known, post)
+        puzzle = torch.from_numpy(np.asarray(batch["puzzle"], dtype=np.int32).copy())
+        return self.rows(Puzzles(ids, inputs, puzzle), known, post)
 
     def rows(
         self, puzzles: Puzzles, known: list[set[bytes]], progress: Callable[[int], None]
@@ -60,12 +62,16 @@ class Sampler:
         inputs = puzzles.inputs.repeat_interleave(width, dim=0)
         order = np.arange(len(inputs)).repeat(len(result.depths))
         depth = np.tile(np.arange(len(result.depths)), len(inputs))
-        predictions = result.prediction[depth, order]
-        valid = self.task.verify(inputs[order], torch.from_numpy(predictions)).numpy()
-        exact = [
-            prediction.tobytes() in known[job // width]
-            for job, prediction in zip(order, predictions, strict=True)
-        ]
+        predictions = self.task.canonical(result.prediction[depth, order])
+        exact = np.array(
+            [
+                prediction.tobytes() in known[job // width]
+                for job, prediction in zip(order, predictions, strict=True)
+            ]
+        )
+        valid = exact
+        if self.task.verifies:
+            valid = self.task.verify(inputs[order], torch.from_numpy(predictions)).numpy()
         return pa.table(
             {
                 "puzzle_id": pa.array(np.array(puzzles.ids)[order // width]),
@@ -77,7 +83,7 @@ class Sampler:
                 "value": result.value[depth, order],
                 "prediction": tables.tokens_array(predictions),
                 "valid": valid,
-                "exact": np.array(exact),
+                "exact": exact,
             }
         ).cast(tables.trajectories_schema(inputs.shape[1]))
 
@@ -94,7 +100,7 @@ def sample_run(run: Run) -> int:
             f"{folder / 'config.json'}: made with other model or task settings than "
             f"runs.{run.name} has now; train it again (dvc repro)"
         )
-    puzzles, targets = held_out(run.task_name, run.task)
+    puzzles, targets = held_out(run.task_name, run.task, about.get("identifiers", []))
     known = [targets[puzzle_id] for puzzle_id in puzzles.ids]
     total = len(puzzles.ids) * config.width
     with tqdm(total=total, desc=f"sample {run.name}", unit="trajectory") as bar:
@@ -134,6 +140,7 @@ def sample_on_ray(
         {
             "puzzle_id": puzzles.ids,
             "inputs": tables.tokens_array(puzzles.inputs.numpy()),
+            "puzzle": puzzles.puzzle.numpy(),
             "targets": [b"".join(sorted(answers)) for answers in known],
         }
     )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,15 +21,16 @@ from tqdm import tqdm
 from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.files import write_atomic
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import save_model
+from gram_core.shape import TokenShape
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import Checkpoints
 from gram_core.train.engine import Engine, PlainEngine, Supervised, compiled
 from gram_core.train.loop import TrainConfig, final_metrics, make_slots, train
 from gram_core.train.objective import ObjectiveConfig, Terms
-from pipelines.dataset import examples
+from pipelines.dataset import examples, identifiers
 from pipelines.params import MODELS, Run
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say, threads
@@ -47,6 +48,13 @@ class Job:
     model: ModelConfig
     objective: ObjectiveConfig
     train: TrainConfig
+    # The groups of puzzles whose variants have learned identifiers.
+    identifiers: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> TokenShape:
+        """What the model must fit: the task's tokens, and the data's identifiers."""
+        return replace(self.task.shape, puzzles=max(1, len(self.identifiers) * self.task.variants))
 
     @classmethod
     def of(cls, run: Run) -> "Job":
@@ -58,6 +66,11 @@ class Job:
             run.section("objective", ObjectiveConfig),
             run.section("train", TrainConfig),
         )
+        if run.task.identified and not job.model.prefix_tokens:
+            raise ConfigError(
+                f"{run.where}.model.prefix_tokens: 0 leaves the task's learned identifiers no "
+                "place; use 16, as the paper does"
+            )
         learns = job.objective.halt_weight > 0 or job.objective.value_weight > 0
         guided = job.model.guidance != "none"
         if guided and learns and job.objective.heads_on == "prior" and not job.train.prior_slots:
@@ -80,11 +93,11 @@ def build_module(job: Job, device: str) -> Supervised:
     """A fresh model with its objective, seeded by the run, compiled if the run asks for it."""
     torch.manual_seed(job.train.seed)
     task = job.task
-    model = GRAM(job.model, TokenShape(task.length, task.vocab, task.puzzles)).to(device)
+    model = GRAM(job.model, job.shape).to(device)
     module = Supervised(
         model,
         job.objective,
-        task.verify,
+        task.verify if task.verifies else None,
         prior_rows=job.train.prior_rows(job.model),
         precision=job.train.precision,
     )
@@ -206,8 +219,9 @@ class Progress:
 def train_run(run: Run) -> dict[str, float]:
     """Train the run and write models/RUN; goes on from the run's newest checkpoint if a former
     attempt was cut off. Returns the final metrics."""
-    job = Job.of(run)
-    rows = examples(run.task_name, run.task, "train")
+    groups = identifiers(run.task_name, run.task)
+    job = replace(Job.of(run), identifiers=tuple(groups))
+    rows = examples(run.task_name, run.task, "train", groups)
     folder = WORK / "checkpoints" / run.name
     start = time.monotonic()
     how = train_here if job.train.engine == "plain" else train_on_ray
@@ -221,7 +235,7 @@ def train_run(run: Run) -> dict[str, float]:
 
 def _write(job: Job, trained: Trained, seconds: float) -> dict[str, float]:
     task = job.task
-    model = GRAM(job.model, TokenShape(task.length, task.vocab, task.puzzles))
+    model = GRAM(job.model, job.shape)
     model.load_state_dict(trained.weights)
     folder = MODELS / job.name
     columns = ["step", "lr", *Terms.names]
@@ -241,6 +255,7 @@ def _write(job: Job, trained: Trained, seconds: float) -> dict[str, float]:
     about = {
         "run": job.name,
         "task": dump(task.config),
+        "identifiers": list(job.identifiers),
         "objective": dump(job.objective),
         "train": dump(job.train),
         "provenance": provenance(),

@@ -12,7 +12,8 @@ def main(arguments: Sequence[str]) -> None:
 
     (name,) = arguments
     found = evaluate(load_run(name))
-    say(f"evaluate {name}: accuracy of one trajectory {found['accuracy']:.3f}")
+    first = next(iter(found))
+    say(f"evaluate {name}: {first} {found[first]:.3f}, {len(found)} numbers in all")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gram_core.model.gram import GRAM
@@ -46,20 +46,21 @@ def bound(
     *,
     rollout: Literal["prior", "posterior"],
     likelihood: LikelihoodKind,
+    puzzle: Int[Tensor, " B"] | None = None,
 ) -> Bound:
     """One sample of the bounds for each pair; each transition's KL is exact given its state.
 
     `noise(n)` is the standard normal noise of supervision step n, T transitions of it (all
     T * N_sup at once without deep supervision). `rollout` says what the transitions before the
-    last of a supervision step follow, as in training. Raises `ValueError` for guidance with a
-    point mass (`none`, `guide_only`), which has no such bound.
+    last of a supervision step follow, as in training; `puzzle` are learned identifiers. Raises
+    `ValueError` for guidance with a point mass (`none`, `guide_only`), which has no such bound.
     """
     config = model.config
     if config.guidance not in ("full", "stochastic_only"):
         raise ValueError(f"guidance {config.guidance!r} has no density to bound a likelihood with")
     supervised = config.N_sup if config.deep_supervision else 1
     tokens = (target != 0).sum(-1)
-    e_x, e_y = model.embed(inputs), model.embed_answer(target)
+    e_x, e_y = model.embed(inputs, puzzle), model.embed_answer(target)
     state = model.initial_state(len(inputs))
     divergence = e_x.new_zeros(len(inputs))
     surrogate = torch.zeros_like(divergence)

@@ -21,11 +21,22 @@ from gram_core.config import Config, NonNegativeInt, PositiveInt
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
-    """Which widths to report, and the bootstrap of the intervals."""
+    """Which widths to report, the bootstrap of the intervals, how many test pairs the bounds are
+    over at most, and for images how long the classifier that scores them is trained and the
+    weights of Inception-v3, `download` or a file, if that shall score them too."""
 
     widths: tuple[PositiveInt, ...] = (1, 5, 10, 20)
+    bound_pairs: PositiveInt = 5000
+    classifier_steps: PositiveInt = 600
+    inception: str | None = None
     resamples: Annotated[int, msgspec.Meta(ge=100)] = 1000
     seed: NonNegativeInt = 0
+
+
+# What a selector sorts trajectories by; `votes` counts those with the same answer.
+MAJORITY = ("votes", "-trajectory")
+VALUE = ("value", "-trajectory")
+FIRST_HALT = ("halted", "-steps", "value", "-trajectory")
 
 
 def puzzle_table(
@@ -49,9 +60,9 @@ def puzzle_table(
             .group_by(group)
             .agg(
                 width=pl.lit(width, dtype=pl.UInt32),
-                selected_majority=_first_valid("votes", "-trajectory"),
-                selected_value=_first_valid("value", "-trajectory"),
-                selected_first_halt=_first_valid("halted", "-steps", "value", "-trajectory"),
+                selected_majority=_first("valid", MAJORITY),
+                selected_value=_first("valid", VALUE),
+                selected_first_halt=_first("valid", FIRST_HALT),
                 accuracy=pl.col("valid").mean(),
                 valid_count=pl.col("valid").sum().cast(pl.UInt32),
                 distinct_valid=pl.col("answer").filter("valid").n_unique().cast(pl.UInt32),
@@ -71,11 +82,11 @@ def puzzle_table(
     )
 
 
-def _first_valid(*keys: str) -> pl.Expr:
-    """Validity of the trajectory that sorts first by `keys`: descending, ascending with a `-`."""
+def _first(column: str, keys: Sequence[str]) -> pl.Expr:
+    """`column` of the trajectory that sorts first by `keys`: descending, ascending with a `-`."""
     names = [key.lstrip("-") for key in keys]
     down = [not key.startswith("-") for key in keys]
-    return pl.col("valid").sort_by(names, descending=down).first()
+    return pl.col(column).sort_by(names, descending=down).first()
 
 
 @dataclass(frozen=True)
@@ -139,8 +150,12 @@ def summarise(
     def estimate(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         return ratio(numerator, denominator, config.resamples, config.seed)
 
+    accuracy = estimate(column("accuracy"), one)
+    if len(rows) == 1:
+        # An unconditional task has one input: the interval is over its trajectories.
+        accuracy = Estimate(accuracy.value, *wilson(float(column("valid_count")[0]), width))
     out = {
-        "accuracy": estimate(column("accuracy"), one),
+        "accuracy": accuracy,
         "any_valid": estimate((column("valid_count") > 0).astype(float), one),
         "majority": estimate(column("selected_majority"), one),
         "best_of_value": estimate(column("selected_value"), one),
@@ -177,6 +192,54 @@ def metrics(puzzles: pl.DataFrame, depth: int, config: EvaluateConfig) -> dict[s
             key = name if name in WIDTHLESS else f"{name}@{width}"
             flat[key] = estimate.value
             flat[f"{key}_low"], flat[f"{key}_high"] = estimate.low, estimate.high
+    return flat
+
+
+def measured(
+    trajectories: pl.DataFrame, names: Sequence[str], config: EvaluateConfig
+) -> dict[str, float]:
+    """A task's own numbers (`names`, columns of the trajectories at one depth): `name` is what one
+    trajectory gives, `name_majority@N` and `name_value@N` what the selected ones do, as means over
+    puzzles with intervals; `..._total` are their sums over the puzzles."""
+    flat: dict[str, float] = {}
+
+    def add(key: str, values: pl.Series) -> None:
+        numbers = values.cast(pl.Float64).to_numpy()
+        e = ratio(numbers, np.ones(len(numbers)), config.resamples, config.seed)
+        label, _, width = key.partition("@")
+        flat[key], flat[f"{key}_low"], flat[f"{key}_high"] = e.value, e.low, e.high
+        flat[f"{label}_total" + (f"@{width}" if width else "")] = float(numbers.sum())
+
+    for name in names:
+        means = trajectories.group_by("puzzle_id").agg(pl.col(name).mean()).sort("puzzle_id")
+        add(name, means[name])
+        for width in sorted(config.widths):
+            chosen = (
+                trajectories.filter(pl.col("trajectory") < width)
+                .with_columns(votes=pl.len().over("puzzle_id", "prediction"))
+                .group_by("puzzle_id")
+                .agg(majority=_first(name, MAJORITY), value=_first(name, VALUE))
+                .sort("puzzle_id")
+            )
+            for selector in ("majority", "value"):
+                add(f"{name}_{selector}@{width}", chosen[selector])
+    return flat
+
+
+def generated(
+    trajectories: pl.DataFrame, known: set[bytes], config: EvaluateConfig
+) -> dict[str, float]:
+    """What an unconditional task asks of the first N answers at one depth: `unique@N`, distinct
+    valid ones / valid ones, and `novel@N`, the share of the distinct valid ones that are not in
+    `known`, the training targets (paper, D.5). NaN-free: absent where nothing is valid."""
+    flat: dict[str, float] = {}
+    for width in sorted(config.widths):
+        rows = trajectories.filter((pl.col("trajectory") < width) & pl.col("valid"))
+        answers = [bytes(prediction) for prediction in rows["prediction"].to_list()]
+        distinct = set(answers)
+        if distinct:
+            flat[f"unique@{width}"] = len(distinct) / len(answers)
+            flat[f"novel@{width}"] = len(distinct - known) / len(distinct)
     return flat
 
 

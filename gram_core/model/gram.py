@@ -4,11 +4,10 @@ Wires encoder, recursion, prior, posterior, decoder and heads. Everything here i
 or less; how transitions are chained, charged and trained is `gram_core.train`, how they are
 sampled is `gram_core.sample`.
 
-Shapes: B batch, S content positions, P prefix positions, L = P + S, D width, V vocabulary.
+Shapes: B batch, S tokens of an input and of an answer, M content positions (S; patches, for
+images), P prefix positions, L = P + M, D width, V vocabulary.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
@@ -17,10 +16,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from gram_core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
-from gram_core.model.heads import HaltHead, ValueHead, token_decoder
+from gram_core.model.encoders import Identifiers, decoder, input_encoder, target_encoder
+from gram_core.model.heads import HaltHead, ValueHead
 from gram_core.model.latent import Gaussian, GaussianHead, Guidance
-from gram_core.model.layers import Stack, lecun_normal_
+from gram_core.model.layers import Stack
 from gram_core.model.recursion import Recursion, State
+from gram_core.shape import TokenShape
 
 
 class ModelConfig(Config, frozen=True, kw_only=True):
@@ -65,15 +66,6 @@ class ModelConfig(Config, frozen=True, kw_only=True):
         return self.guidance in ("full", "stochastic_only")
 
 
-@dataclass(frozen=True)
-class TokenShape:
-    """What a task asks of a model: positions, vocabulary, and learned puzzle identifiers."""
-
-    length: int
-    vocab: int
-    puzzles: int = 1
-
-
 class GRAM(nn.Module):
     """The generative recursive reasoning model (paper, section 2).
 
@@ -87,7 +79,7 @@ class GRAM(nn.Module):
         super().__init__()
         self.config = config
         self.shape = shape
-        dim, length = config.dim, config.prefix_tokens + shape.length
+        dim, length = config.dim, config.prefix_tokens + shape.positions
 
         def stack() -> Stack:
             return Stack(
@@ -113,20 +105,14 @@ class GRAM(nn.Module):
                 sigma_floor=config.sigma_floor,
             )
 
-        # Drawn with std 1/sqrt(D) and scaled by sqrt(D) in use: rows of unit RMS.
-        self.embed_input = nn.Embedding(shape.vocab, dim)
-        lecun_normal_(self.embed_input.weight, dim)
-        self.puzzle = nn.Embedding(shape.puzzles, dim) if config.prefix_tokens else None
-        if self.puzzle is not None:
-            nn.init.zeros_(self.puzzle.weight)
+        self.embed_input = input_encoder(shape, dim)
+        self.puzzle = Identifiers(shape.puzzles, dim) if config.prefix_tokens else None
         self.recursion = Recursion(stack(), stack() if config.hierarchical else None, config.K)
         self.prior_head = head(dim)
         self.posterior_head = head(2 * dim if config.posterior == "concat" else dim)
-        self.embed_target: nn.Embedding | None = None
-        if self.posterior_head is not None:
-            self.embed_target = nn.Embedding(shape.vocab, dim)
-            lecun_normal_(self.embed_target.weight, dim)
-        self.decoder = token_decoder(config.decoder, dim, config.ffn, shape.vocab)
+        guided = self.posterior_head is not None
+        self.embed_target = target_encoder(shape, dim) if guided else None
+        self.decoder = decoder(config.decoder, shape, dim, config.ffn)
         self.halt = HaltHead(dim)
         self.value = ValueHead(dim)
         # z_0 ~ N(0, I), drawn once, kept in the checkpoint, never trained.
@@ -137,7 +123,7 @@ class GRAM(nn.Module):
     @property
     def length(self) -> int:
         """L: prefix and content positions."""
-        return self.config.prefix_tokens + self.shape.length
+        return self.config.prefix_tokens + self.shape.positions
 
     def initial_state(self, batch: int) -> State:
         """z_0, the same for every trajectory."""
@@ -145,26 +131,31 @@ class GRAM(nn.Module):
         return State(self.z0_h.expand(size).contiguous(), self.z0_l.expand(size).contiguous())
 
     def embed(
-        self, inputs: UInt8[Tensor, "B S"], puzzle: Int[Tensor, " B"] | None = None
+        self,
+        inputs: UInt8[Tensor, "B S"],
+        puzzle: Int[Tensor, " B"] | None = None,
+        identity: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """e_x: token embeddings of unit RMS behind the puzzle's prefix.
+        """e_x: the encoded input behind the puzzle's prefix.
 
-        The prefix is the puzzle's learned vector followed by zeros (paper, B.1 and C.2.1).
+        The prefix is the learned vector of the identifier `puzzle` (0 by default), or `identity`
+        itself, followed by zeros (paper, B.1 and C.2.1).
         """
-        tokens: Tensor = self.embed_input(inputs.int()) * math.sqrt(self.config.dim)
+        tokens: Tensor = self.embed_input(inputs.int())
         if self.puzzle is None:
             return tokens
-        prefix = tokens.new_zeros(len(inputs), self.config.prefix_tokens, self.config.dim)
-        index = inputs.new_zeros(len(inputs), dtype=torch.int32) if puzzle is None else puzzle
-        prefix = torch.cat([self.puzzle(index)[:, None], prefix[:, 1:]], dim=1)
-        return torch.cat([prefix, tokens], dim=1)
+        if identity is None:
+            index = inputs.new_zeros(len(inputs), dtype=torch.int32) if puzzle is None else puzzle
+            identity = self.puzzle(index)
+        prefix = tokens.new_zeros(len(inputs), self.config.prefix_tokens - 1, self.config.dim)
+        return torch.cat([identity[:, None], prefix, tokens], dim=1)
 
     def embed_answer(self, target: UInt8[Tensor, "B S"]) -> Float[Tensor, "B L D"]:
         """e_y, the posterior's view of the target; zero on the prefix. Raises `ValueError` for a
         model without guidance."""
         if self.embed_target is None:
             raise ValueError("a model with guidance 'none' has no posterior to embed a target for")
-        tokens = self.embed_target(target.int()) * math.sqrt(self.config.dim)
+        tokens = self.embed_target(target.int())
         return torch.nn.functional.pad(tokens, (0, 0, self.config.prefix_tokens, 0))
 
     def prior(self, u: Float[Tensor, "B L D"]) -> Gaussian | None:
@@ -195,7 +186,7 @@ class GRAM(nn.Module):
         return State(proposal.h + prior.sample(noise), proposal.l)
 
     def decode(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B S V"]:
-        """Token logits of the content positions."""
+        """Token logits."""
         out: Tensor = self.decoder(h[:, self.config.prefix_tokens :]).float()
         return out
 

@@ -1,4 +1,4 @@
-"""What reads the high-level state h: the token decoder and the halt and value heads (Table 4).
+"""What judges the high-level state h: the halt and value heads (Table 4).
 
 The halt head (A.1) and the value head, the paper's latent process reward model (A.2), see one
 vector of h, `GRAM.feature`, and never send a gradient into it.
@@ -6,19 +6,10 @@ vector of h, `GRAM.feature`, and never send a gradient into it.
 Shapes: B batch, D width, V vocabulary.
 """
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gram_core.model.layers import SwiGLU, linear
-
 HALT_BIAS = -5.0  # HRM and TRM: a fresh head says "go on"
-
-
-def token_decoder(kind: Literal["linear", "swiglu"], dim: int, ffn: int, vocab: int) -> nn.Module:
-    """h -> token logits. Table 4 says a linear map, the prose of B.1 a SwiGLU; both are here."""
-    return linear(dim, vocab) if kind == "linear" else SwiGLU(dim, ffn, vocab)
 
 
 class HaltHead(nn.Module):

@@ -18,7 +18,8 @@ from safetensors.torch import save as save_tensors
 from gram_core.config import ConfigError, dump, load
 from gram_core.errors import GramError
 from gram_core.files import write_atomic
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
+from gram_core.shape import TokenShape
 
 VERSION = 1
 
@@ -57,7 +58,7 @@ def load_model(folder: Path, device: torch.device | None = None) -> tuple[GRAM, 
     try:
         model = GRAM(
             load(ModelConfig, about["model"], f"{folder / 'config.json'}: model"),
-            TokenShape(**about["shape"]),
+            TokenShape.of(about["shape"]),
         )
         model.load_state_dict(load_tensors(content))
     except (ConfigError, SafetensorError, RuntimeError, TypeError) as error:

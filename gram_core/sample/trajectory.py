@@ -64,9 +64,9 @@ class Trajectories:
 class _Live:
     """The rows in the batch: which trajectory each is, and its state."""
 
-    def __init__(self, model: GRAM, inputs: Tensor, width: int) -> None:
+    def __init__(self, model: GRAM, puzzles: Puzzles, width: int) -> None:
         self.model = model
-        self.inputs = inputs
+        self.puzzles = puzzles
         self.width = width
         self.job = np.empty(0, dtype=np.int64)
         self.step = np.empty(0, dtype=np.int64)
@@ -79,8 +79,9 @@ class _Live:
 
     def admit(self, jobs: np.ndarray) -> None:
         """Append fresh trajectories at z_0."""
-        puzzle = torch.from_numpy(jobs // self.width)
-        e_x = self.model.embed(self.inputs[puzzle].to(self.e_x.device))
+        row = torch.from_numpy(jobs // self.width)
+        inputs, puzzle = self.puzzles.inputs[row], self.puzzles.puzzle[row]
+        e_x = self.model.embed(inputs.to(self.e_x.device), puzzle.to(self.e_x.device))
         zero = self.model.initial_state(len(jobs))
         self.state = State(torch.cat([self.state.h, zero.h]), torch.cat([self.state.l, zero.l]))
         self.e_x = torch.cat([self.e_x, e_x.to(self.e_x.dtype)])
@@ -131,7 +132,7 @@ def rollout(
         if model.config.stochastic
         else []
     )
-    live, queued = _Live(model, puzzles.inputs, width), 0
+    live, queued = _Live(model, puzzles, width), 0
     while queued < jobs or len(live):
         if queued < jobs and (config.compaction or not len(live)):
             room = min(config.batch - len(live), jobs - queued)

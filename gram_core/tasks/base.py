@@ -1,21 +1,29 @@
 """What a task is: where its puzzles come from, how they read as tokens, and what answers count.
 
-A task is one file beside this one with a config class (tagged by its `kind`) and a class that
-follows `Task`, and one entry in `gram_core.tasks.registry`.
+A task is one file beside this one with a config class (tagged by its `kind`) and a subclass of
+`Task`, and one entry in `gram_core.tasks.registry`.
 
-Shapes: B a batch of puzzles, S tokens of an input, O tokens of an answer.
+Shapes: B a batch of puzzles, S tokens of an input and of an answer, N rows of a table.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from gram_core.config import Config
 from gram_core.errors import GramError
+from gram_core.shape import TokenShape
+
+Fetch = Callable[[str], Path]
+"""A source as the user names it (a path, `s3://...`, `hf://...`) -> a file on this machine."""
 
 
 class TaskError(GramError):
@@ -31,38 +39,73 @@ class Split:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-class Task(Protocol):
-    """The whole of what pipelines, training and evaluation ask of a task."""
+class Task(ABC):
+    """The whole of what pipelines, training and evaluation ask of a task. Token 0 is padding: in a
+    target it is never scored."""
+
+    config: Config
+    length: int
+    vocab: int
+    # Height, width and side of a patch, where tokens are the pixels of an image.
+    image: tuple[int, int, int] | None = None
+    # Variants of a training row that training may draw.
+    variants: int = 1
+    # Whether each variant of each group of rows has a learned identifier of its own.
+    identified: bool = False
+    # Whether answers answer an input; an unconditional task has one, empty input.
+    conditional: bool = True
+    # Whether `verify` has rules to check; without, an answer is valid where it is a known target.
+    verifies: bool = True
 
     @property
-    def config(self) -> Config:
-        """The settings this task was made from."""
+    def shape(self) -> TokenShape:
+        """What a model for this task must fit."""
+        return TokenShape(self.length, self.vocab, image=self.image)
 
-    @property
-    def length(self) -> int:
-        """S: tokens of an input, and of an answer."""
-
-    @property
-    def vocab(self) -> int:
-        """Number of token values; 0 is padding and never scored."""
-
-    @property
-    def puzzles(self) -> int:
-        """Number of learned puzzle identifiers."""
-
-    def generate(self) -> Split:
-        """The raw train and test tables. Raises `TaskError`."""
+    @abstractmethod
+    def generate(self, fetch: Fetch) -> Split:
+        """The raw train and test tables; `fetch` brings sources here. Raises `TaskError`."""
 
     def augment(self, train: pa.Table, test: pa.Table) -> Split:
         """The tables that training and sampling read; test rows are never augmented."""
+        return Split(train, test)
 
+    def vary(
+        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
+    ) -> tuple[Any, Any]:
+        """Variant number 1 or above of one training row of `group` (its `group_id`), two uint8
+        arrays [S]: streamed augmentation, a function of its arguments alone."""
+        raise NotImplementedError("a task with more than one variant says what they are")
+
+    @abstractmethod
     def verify(
         self, inputs: UInt8[Tensor, "B S"], answers: UInt8[Tensor, "B S"]
     ) -> Bool[Tensor, " B"]:
         """Whether each answer solves its input: every rule holds and the givens are kept."""
 
+    def measure(
+        self, inputs: UInt8[Tensor, "B S"], answers: UInt8[Tensor, "B S"]
+    ) -> dict[str, Float[Tensor, " B"]]:
+        """The task's own numbers for each answer, beside being valid."""
+        return {}
+
+    def score(self, trajectories: pl.DataFrame, test: pa.Table) -> dict[str, np.ndarray]:
+        """Numbers that no single answer has: from the trajectories of the test table at one depth,
+        one number a group for each name."""
+        return {}
+
+    def canonical(self, answers: np.ndarray) -> np.ndarray:
+        """Answers uint8 [B, S] with those that mean the same made equal."""
+        return answers
+
+    def group(self, text: str) -> str:
+        """The group of a puzzle as a person types it, where groups have identifiers."""
+        return ""
+
+    @abstractmethod
     def parse(self, text: str) -> np.ndarray:
         """Input tokens uint8 [S] of a puzzle as a person types it. Raises `TaskError`."""
 
+    @abstractmethod
     def render(self, tokens: np.ndarray) -> str:
         """Tokens [S] in the same notation as `parse`, one line a row."""

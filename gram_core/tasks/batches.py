@@ -1,35 +1,80 @@
-"""A dataset table as tensors, and the order in which training reads it.
+"""A dataset table as tensors, its variants, and the order in which training reads them.
 
 The order is a function of (seed, position): a run that is stopped at a position goes on from it
 with nothing else to remember, and N workers read disjoint rows of the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
+
+Vary = Callable[[str, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+RETRIES = 8
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Training rows: N of them, S tokens each, and each row's learned puzzle identifier."""
+    """Training rows: N of them, S tokens each, and each row's learned puzzle identifier.
+
+    With `variants` V there are V N examples: number v N + r is variant v of row r, the row itself
+    for v = 0. Variants are made by `vary` (`Task.vary`) from the rows' `groups` when they are read,
+    never stored. One whose input is in `held_out` gives way to another of the same row, and after
+    some tries to the row itself. Where variants are `identified`, variant v of a row has the row's
+    identifier plus v.
+    """
 
     inputs: UInt8[Tensor, "N S"]
     target: UInt8[Tensor, "N S"]
     puzzle: Int[Tensor, " N"]
+    variants: int = 1
+    vary: Vary | None = None
+    groups: Sequence[str] = ()
+    held_out: frozenset[bytes] = frozenset()
+    identified: bool = False
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.inputs) * self.variants
+
+    def take(self, numbers: np.ndarray) -> "Examples":
+        """The examples of these numbers, one row each."""
+        variant, row = np.divmod(numbers, len(self.inputs))
+        index = torch.from_numpy(row)
+        inputs, target = self.inputs[index], self.target[index]
+        for place in np.flatnonzero(variant):
+            made = self._variant(int(row[place]), int(variant[place]))
+            inputs[place], target[place] = (torch.from_numpy(tokens) for tokens in made)
+        puzzle = self.puzzle[index]
+        if self.identified:
+            puzzle += torch.from_numpy(variant.astype(np.int32))
+        return Examples(inputs, target, puzzle)
+
+    def _variant(self, row: int, variant: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.vary is not None, "examples with variants say how to make them"
+        own = self.inputs[row].numpy(), self.target[row].numpy()
+        for attempt in range(RETRIES):
+            number = variant + attempt * self.variants
+            inputs, target = self.vary(self.groups[row], *own, number)
+            if inputs.tobytes() not in self.held_out:
+                return inputs, target
+        return own
 
 
 @dataclass(frozen=True)
 class Puzzles:
-    """The inputs to solve, one row a puzzle."""
+    """The inputs to solve, one row a puzzle, and each one's learned identifier."""
 
     ids: Sequence[str]
     inputs: UInt8[Tensor, "N S"]
+    puzzle: Int[Tensor, " N"]
+
+    @classmethod
+    def of(cls, ids: Sequence[str], inputs: UInt8[Tensor, "N S"]) -> "Puzzles":
+        """Puzzles of a task without identifiers of their own."""
+        return cls(ids, inputs, torch.zeros(len(ids), dtype=torch.int32))
 
 
 class Order:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gram_core.config import Config, Fraction, NonNegativeInt
 from gram_core.tables import dataset_schema, tokens_array, tokens_numpy
-from gram_core.tasks.base import Split, TaskError
+from gram_core.tasks.base import Fetch, Split, Task, TaskError
 
 EMPTY, QUEEN = 1, 2
 DIGITS = "0123456789abcde"
@@ -150,18 +150,17 @@ def attack_lines(n: int) -> np.ndarray:
     return np.concatenate([(g[:, None] == np.unique(g)).astype(np.float32) for g in groups], axis=1)
 
 
-class NQueens:
+class NQueens(Task):
     """The N-Queens completion task."""
 
     vocab = 3
-    puzzles = 1
 
     def __init__(self, config: NQueensConfig) -> None:
-        self.config = config
+        self.config: NQueensConfig = config
         self.length = config.size**2
         self._lines = torch.from_numpy(attack_lines(config.size))
 
-    def generate(self) -> Split:
+    def generate(self, fetch: Fetch) -> Split:
         """All completions, split by unique input or by symmetry orbit. Raises `TaskError` where
         the test share leaves one side empty."""
         config = self.config

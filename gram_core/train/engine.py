@@ -27,7 +27,7 @@ class Supervised(nn.Module):
         self,
         model: GRAM,
         objective: ObjectiveConfig,
-        verify: Verifier,
+        verify: Verifier | None,
         *,
         prior_rows: int,
         precision: Precision,
@@ -61,6 +61,9 @@ class Engine(Protocol):
 
     def total(self, terms: Float[Tensor, "M 2"]) -> Float[Tensor, "M 2"]:
         """Sums and counts over all workers."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The workers' tensors, one behind the other."""
 
     def barrier(self) -> None:
         """Wait for all workers."""
@@ -110,6 +113,9 @@ class PlainEngine:
 
     def total(self, terms: Float[Tensor, "M 2"]) -> Float[Tensor, "M 2"]:
         return terms
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def barrier(self) -> None:
         return

@@ -6,6 +6,7 @@ files' formats; tests drive it with `PlainEngine`.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import Checkpoints, Progress
 from gram_core.train.ema import EMA
 from gram_core.train.engine import Engine
+from gram_core.train.identifiers import IdentifierOptimizer
 from gram_core.train.objective import Terms
 from gram_core.train.optim import OptimConfig, learning_rate
 from gram_core.train.slots import Reading, Slots
@@ -26,12 +28,15 @@ from gram_core.train.slots import Reading, Slots
 
 class TrainConfig(Config, frozen=True, kw_only=True):
     """Training. `batch` is the number of slots over all workers; `prior_slots` the share of them
-    that follows the prior throughout. `ema_warmup`, `halting` and `exploration` settle the gaps
-    G20 and G7."""
+    that follows the prior throughout. beta grows from `kl_from` times its value to the whole of it
+    over `kl_warmup` iterations. `ema_warmup`, `halting` and `exploration` settle the gaps G20 and
+    G7."""
 
     steps: PositiveInt = 28_100
     batch: PositiveInt = 768
     prior_slots: Fraction = 0.125
+    kl_from: Fraction = 0.0
+    kl_warmup: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     optim: OptimConfig = OptimConfig()
     ema: Fraction = 0.9999
@@ -115,13 +120,21 @@ def train(
         report(row)
     shape = (transitions(model.config), len(slots), model.length, model.config.dim)
     device = model.z0_h.device
+    table = None if model.puzzle is None or model.shape.puzzles == 1 else model.puzzle.weight
+    identifiers = None if table is None else IdentifierOptimizer(table, config.optim)
     window = torch.zeros(len(Terms.names), 2, device=device)
     while progress.iteration < config.steps:
         slots.refill()
         noise = training_noise(config.seed, progress.iteration, engine.rank, shape).to(device)
-        result = engine.forward(slots.batch(), noise)
+        share = torch.tensor(kl_share(config, progress.iteration), device=device)
+        batch = replace(slots.batch(), kl_share=share)
+        if identifiers is not None:
+            batch = replace(batch, identity=identifiers.leaf(batch.puzzle))
+        result = engine.forward(batch, noise)
         rate = learning_rate(config.optim, progress.iteration, config.steps)
         engine.step(result.loss, rate)
+        if identifiers is not None and batch.identity is not None:
+            identifiers.step(batch.puzzle, batch.identity, engine, rate)
         ema.update()
         slots.absorb(result)
         window += result.terms
@@ -140,6 +153,12 @@ def train(
         if checkpoints and done % config.checkpoint_every == 0 and done < config.steps:
             checkpoints.save(engine, slots, ema, progress)
     return ema, progress
+
+
+def kl_share(config: TrainConfig, iteration: int) -> float:
+    """The part of beta that counts at an iteration (from 0)."""
+    done = min(1.0, iteration / config.kl_warmup) if config.kl_warmup else 1.0
+    return config.kl_from + (1.0 - config.kl_from) * done
 
 
 def means(terms: torch.Tensor) -> dict[str, float]:

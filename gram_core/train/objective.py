@@ -56,7 +56,9 @@ class ObjectiveConfig(Config, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class Batch:
     """The slots at the start of a supervision step; `last` where it ends the trajectory in any
-    case, `may_halt` where the halt head may end it."""
+    case, `may_halt` where the halt head may end it. `identity` are the vectors of the identifiers
+    `puzzle`, where they learn by an optimiser of their own; `kl_share` the part of `beta` that
+    counts at this iteration."""
 
     state: State
     inputs: UInt8[Tensor, "B S"]
@@ -66,6 +68,8 @@ class Batch:
     last: Bool[Tensor, " B"]
     may_halt: Bool[Tensor, " B"]
     trace: Float[Tensor, "B N D"]
+    identity: Float[Tensor, "B D"] | None = None
+    kl_share: Float[Tensor, ""] | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _position_kl(model: GRAM, config: ObjectiveConfig, q: Gaussian, p: Gaussian)
     per_position = balanced_kl(q, p, config.balance)
     if config.kl_reduction == "mean":
         per_position = per_position / model.config.dim
-    return per_position.clamp(min=config.free_bits).sum(-1) / model.shape.length
+    return per_position.clamp(min=config.free_bits).sum(-1) / model.shape.positions
 
 
 def _transitions(
@@ -150,7 +154,7 @@ def _transitions(
     count = len(noise)
     # Gradients reach the last transition only; without deep supervision, the whole trajectory.
     window = 1 if shape.deep_supervision else count
-    e_x = model.embed(batch.inputs, batch.puzzle)
+    e_x = model.embed(batch.inputs, batch.puzzle, batch.identity)
     stochastic = shape.guidance != "none"
     e_y = model.embed_answer(batch.target)[prior_rows:] if stochastic else e_x
     state = batch.state
@@ -171,7 +175,7 @@ def _transitions(
             paired = _rows(p, prior_rows)
             charged = charged + _position_kl(model, config, q, paired)
             with torch.no_grad():
-                plain = plain + kl(q, paired).sum(-1) / model.shape.length
+                plain = plain + kl(q, paired).sum(-1) / model.shape.positions
         if t < count - window:
             state = state.detach()
     return state, charged, plain
@@ -216,7 +220,7 @@ def _head_losses(
 def supervise(
     model: GRAM,
     config: ObjectiveConfig,
-    verify: Verifier,
+    verify: Verifier | None,
     batch: Batch,
     noise: Float[Tensor, "T B L D"],
     prior_rows: int,
@@ -225,7 +229,8 @@ def supervise(
     halt and value losses for the rows that `heads_on` names.
 
     The first `prior_rows` slots follow the prior in every transition, as at inference; they send
-    nothing into the recursion. Without guidance every slot is both kinds at once.
+    nothing into the recursion. Without guidance every slot is both kinds at once. Where there is no
+    rule to `verify` by, valid means exact.
     """
     twin = model.config.guidance == "none"
     charged_rows = slice(None) if twin else slice(prior_rows, None)
@@ -236,14 +241,15 @@ def supervise(
     loss = terms.mean("reconstruction", nll[charged_rows])
     if not twin:
         terms.mean("kl", plain)
-        loss = loss + config.beta * (charged.sum() / len(charged))
+        loss = loss + batch.kl_share * config.beta * (charged.sum() / len(charged))
 
     with torch.no_grad():
         prediction = logits.argmax(-1).to(torch.uint8)
+        exact = (prediction == batch.target).logical_or(batch.target == 0).all(-1).float()
         quality = {
             "token": token_accuracy(prediction, batch.target),
-            "exact": (prediction == batch.target).logical_or(batch.target == 0).all(-1).float(),
-            "valid": verify(batch.inputs, prediction).float(),
+            "exact": exact,
+            "valid": exact if verify is None else verify(batch.inputs, prediction).float(),
         }
         feature = model.feature(state.h)
         here = torch.arange(batch.trace.shape[1], device=feature.device) == batch.step[:, None]

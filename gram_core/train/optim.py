@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from gram_core.model.encoders import Identifiers
 
 
 class OptimConfig(Config, frozen=True, kw_only=True):
-    """AdamW. Betas and warm-up are HRM's and TRM's; the paper gives neither."""
+    """AdamW. Betas and warm-up are HRM's and TRM's; the paper gives neither. `identifier_lr` and
+    `identifier_decay` are those of a table of learned identifiers (TRM's for ARC; gap G11)."""
 
     lr: PositiveFloat = 1e-4
     beta1: Fraction = 0.9
@@ -21,12 +23,15 @@ class OptimConfig(Config, frozen=True, kw_only=True):
     warmup: NonNegativeInt = 2000
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr: Fraction = 0.1
+    identifier_lr: PositiveFloat = 1e-2
+    identifier_decay: NonNegativeFloat = 0.1
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Weight decay on matrices only (embeddings, biases and heads' vectors are left alone), or on
     everything with `decay_all`."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = (nn.Embedding, Identifiers)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, tables)}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():

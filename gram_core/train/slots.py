@@ -93,13 +93,13 @@ class Slots:
             floors = draw.integers(2, self.steps + 1, count)
             self.floor[slots] = np.where(explore, floors, 1)
         index = torch.from_numpy(slots).to(self.device)
-        source = torch.from_numpy(places)
+        examples = self.examples.take(places)
         zero = self.model.initial_state(count)
         self.state.h[index], self.state.l[index] = zero.h, zero.l
         self.trace[index] = 0.0
-        self.inputs[index] = self.examples.inputs[source].to(self.device)
-        self.target[index] = self.examples.target[source].to(self.device)
-        self.puzzle[index] = self.examples.puzzle[source].to(self.device)
+        self.inputs[index] = examples.inputs.to(self.device)
+        self.target[index] = examples.target.to(self.device)
+        self.puzzle[index] = examples.puzzle.to(self.device)
         self.ended[:] = False
 
     def batch(self) -> Batch:
@@ -150,7 +150,7 @@ class Slots:
             saved[name].numpy().copy() for name in ("row", "step", "floor", "limit", "ended")
         )
         self.position = int(saved["position"])
-        source = torch.from_numpy(self.row)
-        self.inputs = self.examples.inputs[source].to(self.device)
-        self.target = self.examples.target[source].to(self.device)
-        self.puzzle = self.examples.puzzle[source].to(self.device)
+        examples = self.examples.take(self.row)
+        self.inputs = examples.inputs.to(self.device)
+        self.target = examples.target.to(self.device)
+        self.puzzle = examples.puzzle.to(self.device)

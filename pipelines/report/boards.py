@@ -1,4 +1,4 @@
-"""Drawings of puzzles and answers: one small renderer a kind of task, text for all others.
+"""How puzzles and answers are shown: one small renderer a kind of task, text for all others.
 
 A renderer gets the input's tokens and an answer's (None: draw the input itself) and returns
 inline SVG. Colours are CSS classes of the page; the only shared drawing is the symbol `#queen`.
@@ -15,6 +15,7 @@ from markupsafe import Markup
 from gram_core.config import ConfigError
 from gram_core.tasks.nqueens import QUEEN
 from gram_core.tasks.registry import make_task
+from pipelines.report import drawings
 
 Tokens = np.ndarray
 Renderer = Callable[[Tokens, Tokens | None, str], Markup]
@@ -54,9 +55,7 @@ def nqueens(inputs: Tokens, answer: Tokens | None, label: str) -> Markup:
         corner = f'x="{column * CELL}" y="{row * CELL}"'
         size = f'width="{CELL}" height="{CELL}"'
         parts.append(f'<use href="#queen" class="{style}" {corner} {size}/>')
-    opening = Markup('<svg class="board" viewBox="0 0 {0} {0}" role="img" aria-label="{1}">')
-    # Only numbers and names of ours went into the parts; the label was escaped.
-    return opening.format(side, label) + Markup("".join(parts) + "</svg>")  # noqa: S704
+    return drawings.svg(parts, side, side, label)
 
 
 def attacking_pairs(
@@ -79,7 +78,14 @@ def attacking_pairs(
     return pairs
 
 
-RENDERERS: dict[str, Renderer] = {"nqueens": nqueens}
+RENDERERS: dict[str, Renderer] = {
+    "nqueens": nqueens,
+    "sudoku": drawings.sudoku_board,
+    "sudoku_boards": drawings.sudoku_board,
+    "graph_coloring": drawings.graph,
+    "arc": drawings.arc_grid,
+    "digits": drawings.image,
+}
 
 
 def renderer(settings: Mapping[str, Any]) -> Renderer:

@@ -14,7 +14,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gram_core.files import write_atomic
-from pipelines.report import boards, figures, gallery, results, series
+from pipelines.report import boards, figures, gallery, results, series, summary
 from pipelines.report.inputs import ReportError, RunInputs, TaskInputs, read_run, read_task
 from pipelines.report.layout import Figure
 
@@ -44,7 +44,8 @@ def build(
     names = list(dict.fromkeys(run.task for run in read))
     read_tasks = [read_task(root, name, (tasks or {}).get(name, {})) for name in names]
     by_task = [(task, [run for run in read if run.task == task.name]) for task in read_tasks]
-    shown = [(task, gallery.gallery(task, its)) for task, its in by_task]
+    shown = [(task, gallery.gallery(task, its)) for task, its in by_task if task.conditional]
+    samples = [(task, gallery.samples(its)) for task, its in by_task if not task.conditional]
     frames = {
         "training": series.training(read),
         "width_scaling": series.scaling(read, "width"),
@@ -57,13 +58,17 @@ def build(
         by_task=by_task,
         figures=_figures(frames, by_task, [run.name for run in read]),
         galleries=[(task, puzzles, boards.renderer(task.settings)) for task, puzzles in shown],
+        samples=[(task, its, boards.renderer(task.settings)) for task, its in samples],
     )
     csv = {
         "results": series.results(read),
         "runs": _runs_table(read),
         "paper": _paper_table(read_tasks),
         **frames,
-        "gallery": pl.concat(gallery.gallery_table(p, task.name) for task, p in shown),
+        "gallery": pl.concat(
+            [gallery.gallery_table(p, task.name) for task, p in shown]
+            + [gallery.samples_table(its, task.name) for task, its in samples]
+        ),
     }
     for name, frame in csv.items():
         write_atomic(out / "tables" / f"{name}.csv", frame.write_csv().encode())
@@ -84,6 +89,8 @@ def _figures(
         "solutions": [],
     }
     for task, runs in by_task:
+        if not task.judged:
+            continue
         title = task.name if len(by_task) > 1 else ""
         its = pl.col("run").is_in([run.name for run in runs])
         trained = {run.name: run.model.get("N_sup", "?") for run in runs}
@@ -106,6 +113,7 @@ def _render(
     by_task: Sequence[tuple[TaskInputs, list[RunInputs]]],
     figures: Mapping[str, Any],
     galleries: Sequence[Any],
+    samples: Sequence[Any],
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -122,19 +130,23 @@ def _render(
             {
                 "task": task,
                 "runs": runs,
-                "rows": results.metric_rows(runs),
+                "rows": results.metric_rows(task, runs),
+                "own": results.own_rows(task, runs),
                 "comparison": results.comparison(task, runs),
                 "split": results.split_sentence(task),
                 "width": max(run.width for run in runs),
             }
             for task, runs in by_task
         ],
+        overview=[(run, summary.row(run.metrics)) for run in read] if len(by_task) > 1 else [],
+        columns=[title for _, title in summary.COLUMNS],
         likelihood=results.likelihood_rows(read),
         facts=list(
             zip(results.FACTS, zip(*map(results.run_facts, read), strict=True), strict=True)
         ),
         figures=figures,
         galleries=galleries,
+        samples=samples,
         style=(TEMPLATES / "style.css").read_text(),
         script=(TEMPLATES / "page.js").read_text(),
         vega=_vega_bundle(),

@@ -14,6 +14,14 @@ from gram_core.tables import tokens_numpy
 from pipelines.report.inputs import RunInputs, TaskInputs
 
 Tokens = np.ndarray
+GALLERY = {
+    "task": pl.String,
+    "puzzle_id": pl.String,
+    "run": pl.String,
+    "trajectories": pl.Int64,
+    "valid": pl.Boolean,
+    "answer": pl.String,
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,38 @@ def gallery_table(shown: Sequence[Puzzle], task: str) -> pl.DataFrame:
             for tokens, votes, valid in rows:
                 answer = " ".join(map(str, tokens.tolist()))
                 records.append((task, puzzle.puzzle_id, run.run, votes, valid, answer))
-    names = ["task", "puzzle_id", "run", "trajectories", "valid", "answer"]
-    types = [pl.String, pl.String, pl.String, pl.Int64, pl.Boolean, pl.String]
-    return pl.DataFrame(records, schema=dict(zip(names, types, strict=True)), orient="row")
+    return pl.DataFrame(records, schema=GALLERY, orient="row")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The first trajectories of an unconditional run: for each its answer at every depth."""
+
+    run: str
+    depths: list[int]
+    rows: list[list[Answer]]
+
+
+def samples(runs: Sequence[RunInputs], count: int = 10) -> list[Samples]:
+    """What the first `count` trajectories of each run answered as their supervision steps went on
+    (Figures 6 and 16)."""
+    found = []
+    for run in runs:
+        rows = run.trajectories.filter(pl.col("trajectory") < count).sort("trajectory", "depth")
+        columns = rows.select("trajectory", "prediction", "valid")
+        grid: dict[int, list[Answer]] = {}
+        for trajectory, prediction, valid in columns.iter_rows():
+            tokens = np.array(prediction, dtype=np.uint8)
+            grid.setdefault(trajectory, []).append(Answer(tokens, 1, valid))
+        found.append(Samples(run.name, run.depths, list(grid.values())))
+    return found
+
+
+def samples_table(shown: Sequence[Samples], task: str) -> pl.DataFrame:
+    """The last depth of the samples, in the columns of `gallery_table`."""
+    records = [
+        (task, "", its.run, 1, row[-1].valid, " ".join(map(str, row[-1].tokens.tolist())))
+        for its in shown
+        for row in its.rows
+    ]
+    return pl.DataFrame(records, schema=GALLERY, orient="row")

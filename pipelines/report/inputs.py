@@ -18,6 +18,8 @@ from gram_core.config import ConfigError, load
 from gram_core.errors import GramError
 from gram_core.evaluate.metrics import EvaluateConfig
 from gram_core.sample.trajectory import SampleConfig
+from gram_core.tasks.base import Task
+from gram_core.tasks.registry import make_task
 from gram_core.train.loop import TrainConfig
 
 
@@ -39,6 +41,24 @@ class TaskInputs:
     def kind(self) -> str:
         """What the registry calls the task; empty where unknown."""
         return str(self.settings.get("kind", ""))
+
+    @property
+    def task(self) -> Task | None:
+        """The task itself; None where its settings are unknown or no longer hold."""
+        try:
+            return make_task(self.settings, self.name)
+        except ConfigError:
+            return None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether answers answer an input."""
+        return self.task is None or self.task.conditional
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a notion of a valid answer."""
+        return self.task is None or self.task.verifies or self.task.conditional
 
 
 @dataclass(frozen=True)

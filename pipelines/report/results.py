@@ -26,6 +26,29 @@ ROWS = (
 )
 
 
+UNCONDITIONAL = ("accuracy", "coverage")
+# Numbers that only some tasks have, in shares where the explanation says nothing else.
+OWN = {
+    "token_accuracy": "Tokens right, one trajectory",
+    "token_accuracy_majority": "Tokens right, majority vote",
+    "token_accuracy_value": "Tokens right, best by value head",
+    "conflicts": "Conflict edges a graph, one trajectory",
+    "conflicts_majority": "Conflict edges a graph, majority vote",
+    "conflicts_value": "Conflict edges a graph, best by value head",
+    "conflicts_total": "Conflict edges over all test graphs, one trajectory",
+    "conflicts_value_total": "Conflict edges over all test graphs, best by value head",
+    "unique": "Distinct among the valid answers",
+    "novel": "Not among the training answers, of the distinct valid ones",
+    "distinct": "Distinct answers",
+    "inception_score": "Inception Score",
+    "inception_distance": "FID against the binarised training images",
+    "classifier_score": "Classifier score (our classifier, not the paper's IS)",
+    "classifier_score_real": "Classifier score of the held-out images",
+    "classifier_distance": "Classifier distance (our classifier, not the paper's FID)",
+    "classifier_distance_real": "Classifier distance of the held-out images",
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """A share with its interval; `share` None where the metric does not apply."""
@@ -68,6 +91,50 @@ BOUNDS = (
 
 
 @dataclass(frozen=True)
+class OwnRow:
+    """A number of the task's own, a text a run."""
+
+    title: str
+    key: str
+    cells: list[str]
+
+
+def own_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[OwnRow]:
+    """The numbers that metrics.json has beside those of the other tables, at the largest width: in
+    the order of `OWN`, those without a title there last."""
+    elsewhere = {name for name, *_ in (*ROWS, *BOUNDS)} | {"steps"}
+    elsewhere |= {"distinct"} if task.judged else set()
+    hidden = ("_low", "_high", "_ideal", "_deterministic")
+    found: dict[str, str] = {}
+    for run in runs:
+        for key in run.metrics:
+            label, _, width = key.partition("@")
+            if label in elsewhere or key.endswith(hidden) or label.endswith(hidden):
+                continue
+            if label.endswith("_total") and label not in OWN:
+                continue
+            if label == "pass":
+                found[key] = key
+            elif width in ("", str(run.width)):
+                found.setdefault(label, key)
+    order = {label: rank for rank, label in enumerate(OWN)}
+    return [
+        OwnRow(OWN.get(label, label), found[label], [_own_cell(run, label) for run in runs])
+        for label in sorted(found, key=lambda label: order.get(label, len(order)))
+    ]
+
+
+def _own_cell(run: RunInputs, label: str) -> str:
+    key = label if label in run.metrics else f"{label}@{run.width}"
+    if key not in run.metrics:
+        return NONE
+    value = run.metrics[key]
+    if f"{key}_low" not in run.metrics:
+        return f"{value:.4g}"
+    return f"{value:.4g} ({run.metrics[f'{key}_low']:.4g} – {run.metrics[f'{key}_high']:.4g})"
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """One quantity of the likelihood's bounds, a text a run, in nats a pair."""
 
@@ -106,14 +173,21 @@ def cell(run: RunInputs, name: str, *, optional: bool = False) -> Cell:
     key = metric_key(name, run.width)
     if optional and key not in run.metrics:
         return Cell()
-    return Cell(run.metric(key), run.metric(f"{key}_low"), run.metric(f"{key}_high"))
+    return Cell(run.metric(key), run.metrics.get(f"{key}_low"), run.metrics.get(f"{key}_high"))
 
 
-def metric_rows(runs: Sequence[RunInputs]) -> list[MetricRow]:
-    """The results table of one task's runs."""
+def metric_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[MetricRow]:
+    """The results table of one task's runs; without an input there is nothing to choose among
+    answers for, and without a rule nothing is valid."""
     rows = []
     widest = max(runs, key=lambda run: run.width)
+    # With one solution each, finding one is finding all.
+    single = task.conditional and set(task.puzzles["solution_count"]) == {1}
     for name, title, explanation in ROWS:
+        if single and name in ("accuracy_pairs", "coverage", "coverage_pairs"):
+            continue
+        if not task.judged or (not task.conditional and name not in UNCONDITIONAL):
+            continue
         optional = name.startswith("coverage") or name == "accuracy_pairs"
         cells = [cell(run, name, optional=optional) for run in runs]
         ideal = solver = Cell(1.0)
@@ -144,7 +218,7 @@ def comparison(task: TaskInputs, runs: Sequence[RunInputs]) -> Comparison:
         for run in runs
     ]
     size = task.settings.get("size", 8 if task.kind == "nqueens" else None)
-    theirs = split_facts(task)["by"] in ("input", None)
+    theirs = split_facts(task)["by"] != "orbit"
     return Comparison(ours, paper.published(task.kind, size) if theirs else ())
 
 
@@ -197,14 +271,18 @@ FACTS = (
 SPLITS = {
     "input": "Split by unique input, as in the paper",
     "orbit": "Split by symmetry orbit: all mirror images of an input fall on one side",
+    "source": "",
 }
 
 
 def split_sentence(task: TaskInputs) -> str:
     """The split of a task and what of the test set training has seen in a mirror."""
     facts = split_facts(task)
+    if not task.conditional:
+        counts = [task.metadata.get(f"{part}_targets", NONE) for part in ("train", "test")]
+        return f"Generated from nothing: {counts[0]:,} training and {counts[1]:,} held-out answers."
     text = SPLITS.get(str(facts["by"]), "Split not recorded")
-    text += f". {facts['test_inputs']:,} test inputs"
+    text += f"{'. ' if text else ''}{facts['test_inputs']:,} test inputs"
     if facts["train_inputs"] is not None:
         text += f", {facts['train_inputs']:,} training inputs"
     if facts["twins"] is not None:

@@ -120,6 +120,7 @@ def split_facts(task: TaskInputs) -> dict[str, object]:
     """The split and its counts, where they were recorded."""
     split = task.settings.get("split", {})
     by = split.get("by", "input") if isinstance(split, Mapping) and task.kind else None
+    by = by if task.kind in ("nqueens", "") else "source"
     return {
         "by": by,
         "test_inputs": task.metadata.get("test_inputs", len(task.puzzles)),

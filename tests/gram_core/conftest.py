@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
+from gram_core.shape import TokenShape
 from gram_core.tasks.batches import Examples
 from gram_core.tasks.nqueens import NQueens, NQueensConfig, completions, to_tokens
 

@@ -11,7 +11,7 @@ MODULES = ["model", "noise", "sample", "evaluate", "tasks.nqueens", "tasks.batch
 with install_import_hook([f"gram_core.{name}" for name in MODULES], "beartype.beartype"):
     import torch
     from gram_core.evaluate.bound import bound
-    from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+    from gram_core.model.gram import GRAM, ModelConfig
     from gram_core.model.layers import rotate
     from gram_core.sample.trajectory import SampleConfig, rollout
     from gram_core.tasks.batches import Examples, Puzzles
@@ -29,12 +29,12 @@ for changes in ({}, {"core": "mixer", "prefix_tokens": 0, "halting": "q_learning
                 {"guidance": "none"}, {"posterior": "concat", "deep_supervision": False}):
     config = ModelConfig(**{**dict(dim=16, heads=2, ffn=16, layers=1, K=1, T=2, N_sup=2,
                                    prefix_tokens=2), **changes})
-    model = GRAM(config, TokenShape(task.length, task.vocab))
+    model = GRAM(config, task.shape)
     module = Supervised(model, ObjectiveConfig(), task.verify,
                         prior_rows=settings.prior_rows(config), precision="fp32")
     engine = PlainEngine(module, settings.optim)
     train(engine, make_slots(engine, examples, settings), settings, None, lambda row: None)
-    rollout(model, Puzzles(["a", "b"], inputs[:2]), SampleConfig(width=2, depth=2))
+    rollout(model, Puzzles.of(["a", "b"], inputs[:2]), SampleConfig(width=2, depth=2))
     if config.stochastic:
         count = config.T * (1 if config.deep_supervision else config.N_sup)
         bound(model, inputs[:3], target[:3],

@@ -34,7 +34,7 @@ def test_a_folder_is_all_that_solving_takes(folder):
 def test_answers_are_those_of_the_rollout_counted(folder):
     solver = Solver.load(folder)
     tokens = solver.task.parse(PUZZLE)
-    puzzles = Puzzles([puzzle_name(tokens)], torch.from_numpy(tokens)[None])
+    puzzles = Puzzles.of([puzzle_name(tokens)], torch.from_numpy(tokens)[None])
     drawn = rollout(solver.model, puzzles, SampleConfig(depth=3, width=20, seed=4))
     for answer in solver.solve(PUZZLE, seed=4):
         same = (drawn.prediction[0] == answer.tokens).all(1)
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_rollout_counted(folder):
 def test_settings_override_the_runs_sampling(folder):
     solver = Solver.load(folder, SampleConfig(depth=3, depths=(1, 9)))
     tokens = solver.task.parse(PUZZLE)
-    puzzles = Puzzles([puzzle_name(tokens)], torch.from_numpy(tokens)[None])
+    puzzles = Puzzles.of([puzzle_name(tokens)], torch.from_numpy(tokens)[None])
 
     def counts(**settings) -> dict[bytes, int]:
         return {a.tokens.tobytes(): a.count for a in solver.solve(PUZZLE, **settings)}

@@ -63,7 +63,7 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 def all_stages() -> None:
     """What the stages check of params.yaml, in their order."""
-    load_task("queens").generate()
+    load_task("queens").generate(Path)
     run = load_run("tiny")
     Job.of(run)
     run.section("sample", SampleConfig)

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from gram_core.model.gram import GRAM, ModelConfig, TokenShape
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.heads import HALT_BIAS
 from gram_core.model.layers import SwiGLU
 from gram_core.sample.trajectory import SampleConfig, rollout
+from gram_core.shape import TokenShape
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.objective import ObjectiveConfig
@@ -61,7 +62,7 @@ def test_the_papers_settings_train_and_sample(paper):
     engine.step(result.loss, 1e-3)
     assert math.isfinite(float(result.loss.detach()))
     assert not torch.equal(before, paper.recursion.f_l.blocks[0].mixing.qkv.weight)
-    drawn = rollout(paper, Puzzles(["a"], tokens[:1]), SampleConfig(width=2, depth=1))
+    drawn = rollout(paper, Puzzles.of(["a"], tokens[:1]), SampleConfig(width=2, depth=1))
     assert drawn.prediction.shape == (1, 2, LENGTH)
 
 

@@ -22,7 +22,7 @@ def model(make_model):
 @pytest.fixture(scope="module")
 def puzzles() -> Puzzles:
     inputs = torch.randint(1, 3, (7, 16), generator=torch.Generator().manual_seed(0))
-    return Puzzles([f"p{i}" for i in range(7)], inputs.to(torch.uint8))
+    return Puzzles.of([f"p{i}" for i in range(7)], inputs.to(torch.uint8))
 
 
 def config(**settings) -> SampleConfig:
@@ -68,7 +68,7 @@ def test_each_trajectory_is_the_one_rolled_out_alone(model, puzzles):
         assert result.value[0, job] == pytest.approx(value, abs=1e-5)
         assert np.array_equal(result.prediction[0, job], answer)
     # The comparison means something: some halt, some do not, at several steps.
-    assert set(result.steps[0]) >= {1, 2, 4}
+    assert len(set(result.steps[0])) > 2
     assert 0 < result.halted.sum() < 21
     assert len(np.unique(result.prediction[0], axis=0)) > 10
 
@@ -82,7 +82,7 @@ def test_batch_and_compaction_change_nothing(model, puzzles, batch, compaction):
 
 def test_the_order_of_puzzles_changes_nothing(model, puzzles):
     order = [3, 0, 6, 5, 1, 4, 2]
-    shuffled = Puzzles([puzzles.ids[i] for i in order], puzzles.inputs[order])
+    shuffled = Puzzles.of([puzzles.ids[i] for i in order], puzzles.inputs[order])
     expected = rollout(model, puzzles, config())
     result = rollout(model, shuffled, config())
     for place, puzzle in enumerate(order):
@@ -210,7 +210,7 @@ def test_progress_adds_up_to_the_number_of_trajectories(make_model, puzzles, gui
 
 
 def test_no_puzzles_give_no_trajectories(model, puzzles):
-    empty = rollout(model, Puzzles([], puzzles.inputs[:0]), config())
+    empty = rollout(model, Puzzles.of([], puzzles.inputs[:0]), config())
     assert empty.prediction.shape == (1, 0, 16)
 
 

@@ -1,5 +1,6 @@
 from collections import defaultdict
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_core.config import ConfigError, load
+from gram_core.shape import TokenShape
 from gram_core.tables import tokens_numpy
 from gram_core.tasks.base import TaskError
 from gram_core.tasks.nqueens import (
@@ -87,13 +89,13 @@ def inputs_of(table: pa.Table) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def eight():
-    return NQueens(NQueensConfig()).generate()
+    return NQueens(NQueensConfig()).generate(Path)
 
 
 @pytest.fixture(scope="module")
 def five():
     task = NQueens(NQueensConfig(size=5, remove=(2, 3, 4), split=SplitConfig(test=0.3)))
-    return task, task.generate()
+    return task, task.generate(Path)
 
 
 # Enumeration
@@ -256,16 +258,16 @@ def test_every_row_is_a_solved_input_with_its_true_count(five):
 
 def test_a_split_is_a_function_of_its_seed(five):
     task, split = five
-    again = NQueens(task.config).generate()
+    again = NQueens(task.config).generate(Path)
     assert again.train.equals(split.train)
     assert again.test.equals(split.test)
     other = NQueensConfig(size=5, remove=(2, 3, 4), split=SplitConfig(test=0.3, seed=1))
-    assert not NQueens(other).generate().test.equals(split.test)
+    assert not NQueens(other).generate(Path).test.equals(split.test)
 
 
 def test_a_split_by_orbit_keeps_every_orbit_on_one_side():
     config = NQueensConfig(size=5, remove=(2, 3, 4), split=SplitConfig(by="orbit", test=0.3))
-    split = NQueens(config).generate()
+    split = NQueens(config).generate(Path)
     train, test = (set(orbits_by_input(t).values()) for t in (split.train, split.test))
     assert not train & test
     assert split.metadata["orbits"] == len(train | test)
@@ -467,9 +469,9 @@ def test_settings_that_cannot_be_used_are_refused(settings_, message):
 def test_a_split_that_leaves_a_side_empty_is_refused(by, test, side):
     config = NQueensConfig(size=5, remove=(2,), split=SplitConfig(by=by, test=test))
     with pytest.raises(TaskError, match=f"leaves the {side} set empty"):
-        NQueens(config).generate()
+        NQueens(config).generate(Path)
 
 
 def test_the_task_tells_a_model_its_shape():
     task = NQueens(NQueensConfig(size=6, remove=(1,)))
-    assert (task.length, task.vocab, task.puzzles) == (36, 3, 1)
+    assert task.shape == TokenShape(36, 3)

@@ -21,12 +21,15 @@ def test_every_kind_is_the_tag_of_its_settings(kind):
     assert TASKS[kind][0].__struct_config__.tag == kind
 
 
+KINDS = "nqueens, sudoku, sudoku_boards, graph_coloring, arc, digits, table"
+
+
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"kind": "chess"}, "tasks.a.kind: expected one of nqueens, got 'chess'"),
-        ({"size": 5}, "tasks.a.kind: expected one of nqueens, got None"),
-        (None, "tasks.a.kind: expected one of nqueens, got None"),
+        ({"kind": "chess"}, f"tasks.a.kind: expected one of {KINDS}, got 'chess'"),
+        ({"size": 5}, f"tasks.a.kind: expected one of {KINDS}, got None"),
+        (None, f"tasks.a.kind: expected one of {KINDS}, got None"),
         ({"kind": "nqueens", "sise": 5}, "tasks.a.sise: unknown key; did you mean 'size'?"),
         ({"kind": "nqueens", "size": 3}, "tasks.a.size: Expected `int` >= 4"),
         ({"kind": "nqueens", "remove": [8]}, "tasks.a: remove: 8 queens of 8"),

@@ -39,7 +39,7 @@ def write_workspace(
     `counted` says whether the numbers of solutions are known."""
     queens = make_task(task, "task")
     assert isinstance(queens, NQueens)
-    split = queens.generate()
+    split = queens.generate(Path)
     schema = tables.dataset_schema(queens.length, queens.length)
     test = split.test
     if not counted:

@@ -57,6 +57,47 @@ def test_board_marks_attacks_and_dropped_givens() -> None:
     assert boards.nqueens(given, None, "input").count('class="given"') == 1
 
 
+def draw(kind: str, inputs: list[int], answer: list[int] | None) -> str:
+    tokens = [None if t is None else np.array(t, dtype=np.uint8) for t in (inputs, answer)]
+    assert tokens[0] is not None
+    return str(boards.RENDERERS[kind](tokens[0], tokens[1], 'a "label"'))
+
+
+def test_sudoku_boards_mark_givens_and_doubles() -> None:
+    # Givens 1 and 2; the answer has 1 twice in the first row and twice in the first column.
+    inputs = [2, 1, 1, 1, 1, 3, *[1] * 10]
+    answer = [2, 3, 2, 4, 1, 3, 4, 5, 2, 4, 5, 3, 4, 5, 3, 1]
+    svg = draw("sudoku", inputs, answer)
+    assert svg.count("sq-given") == 2
+    assert svg.count('class="digit') == 14, "blanks are empty"
+    assert svg.count("attacked") > 2
+    assert "a &#34;label&#34;" in svg
+    assert draw("sudoku", inputs, None).count('class="digit given"') == 2
+    full = [2, 3, 4, 5, 4, 5, 2, 3, 3, 2, 5, 4, 5, 4, 3, 2]
+    assert "attacked" not in draw("sudoku_boards", [1] * 16, full)
+
+
+def test_graphs_mark_edges_of_one_colour() -> None:
+    # A triangle and a fourth vertex on the third: edges 12, 13, 23, 34.
+    edges = [2, 2, 1, 2, 1, 2]
+    svg = draw("graph_coloring", edges, [3, 4, 5, 5, 0, 0])
+    assert svg.count('class="edge"') == 3 and svg.count('class="clash"') == 1
+    assert [svg.count(f"colour-{k}") for k in range(4)] == [0, 1, 1, 2]
+    plain = draw("graph_coloring", edges, None)
+    assert plain.count('class="edge"') == 4 and plain.count("colour-0") == 4
+
+
+def test_images_and_arc_grids_are_their_cells() -> None:
+    svg = draw("digits", [1] * 4, [1, 2, 2, 1])
+    assert 'class="pixel-on" d="M1 0h1v1h-1zM0 1h1v1h-1z"' in svg
+    canvas = [0] * 900
+    canvas[0], canvas[1], canvas[30], canvas[31] = 2, 5, 1, 1
+    svg = draw("arc", canvas, None)
+    assert 'viewBox="0 0 2 1"' in svg
+    assert 'class="arc-0" d="M0 0h1v1h-1z"' in svg and 'class="arc-3" d="M1 0' in svg
+    assert "attack" in draw("arc", canvas, [0] * 900), "an answer that is no grid"
+
+
 def test_unknown_tasks_are_drawn_as_text() -> None:
     tokens = np.array([1, 2, 1], dtype=np.uint8)
     drawn = boards.renderer({})(tokens, None, "x")

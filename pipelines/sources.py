@@ -1,0 +1,79 @@
+"""Sources of data as files on this machine: a local path, s3://, https:// or hf:// (the Hub).
+
+What comes from elsewhere lies in .gram/sources, under a name made of the address; a file that is
+there is not fetched again. A part of a file is never taken for it.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from gram_core.errors import GramError
+
+CACHE = Path(".gram") / "sources"
+HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+
+
+class SourceError(GramError):
+    """A source that is not there or cannot be reached; one line that names it."""
+
+
+def fetch(source: str) -> Path:
+    """The file that `source` names. Raises `SourceError`."""
+    scheme = source.partition("://")[0] if "://" in source else ""
+    if not scheme:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise SourceError(f"{source}: no such file")
+        return path
+    if scheme == "hf":
+        return _from_hub(source)
+    if scheme not in ("s3", "https", "http"):
+        raise SourceError(
+            f"{source}: cannot read {scheme}://; use a path, s3://, https:// or hf://"
+        )
+    return _from_remote(source)
+
+
+def _from_hub(source: str) -> Path:
+    """A file of a dataset repository, through huggingface_hub and its own cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    match = HUB.fullmatch(source)
+    if match is None:
+        raise SourceError(f"{source}: expected hf://datasets/OWNER/NAME@REVISION/FILE")
+    try:
+        path = hf_hub_download(
+            match["repo"], match["file"], repo_type="dataset", revision=match["revision"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise SourceError(f"{source}: the Hub did not give it ({reason})") from None
+    return Path(path)
+
+
+def _from_remote(source: str) -> Path:
+    """A file through fsspec, put into the cache whole."""
+    import aiohttp
+    import fsspec
+    from botocore.exceptions import BotoCoreError
+
+    name = hashlib.sha256(source.encode()).hexdigest()[:16] + "_" + source.rpartition("/")[2]
+    path = CACHE / name
+    if path.is_file():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{name}.partial")
+    try:
+        filesystem, remote = fsspec.core.url_to_fs(source)
+        filesystem.get_file(remote, str(partial))
+        partial.replace(path)
+    except FileNotFoundError:
+        raise SourceError(f"{source}: no such file there") from None
+    except (OSError, BotoCoreError, aiohttp.ClientError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise SourceError(f"{source}: cannot be fetched ({reason})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
