@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from gram_core.config import ConfigError
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import ModelError, save_model
 from gram_core.sample.trajectory import SampleConfig, rollout
+from gram_core.shape import TokenShape
 from gram_core.solve import Solver, puzzle_name
+from gram_core.tasks.arc import Arc, ArcConfig
 from gram_core.tasks.base import TaskError
 from gram_core.tasks.batches import Puzzles
 
@@ -125,3 +128,25 @@ def test_a_model_without_a_task_or_of_an_unknown_one_is_refused(tmp_path, make_m
     save_model(tmp_path, make_model(), {"task": {"kind": "chess"}})
     with pytest.raises(ConfigError, match=r"config\.json: task\.kind: expected one of nqueens"):
         Solver.load(tmp_path)
+
+
+def test_an_identified_task_answers_for_the_groups_it_was_trained_on():
+    task = Arc(ArcConfig(augmentations=1))
+    torch.manual_seed(0)
+    config = ModelConfig(
+        core="mixer", dim=8, heads=2, ffn=8, layers=1, K=1, T=1, N_sup=1, prefix_tokens=1
+    )
+    model = GRAM(config, TokenShape(task.length, task.vocab, puzzles=4)).eval()
+    assert model.puzzle is not None
+    torch.nn.init.normal_(model.value.map.weight)
+    solver = Solver(model, task, SampleConfig(depth=1, halting=False), ["one", "two"])
+    first = solver.solve("two: 01|10", width=2)
+    assert not any(answer.verified for answer in first)
+    # "two" is the second group of two variants each: identifier 2, and no other, matters.
+    model.puzzle.weight[[0, 1, 3]] = 5.0
+    again = solver.solve("two: 01|10", width=2)
+    assert [a.value for a in again] == [a.value for a in first]
+    model.puzzle.weight[2] = 5.0
+    assert [a.value for a in solver.solve("two: 01|10", width=2)] != [a.value for a in first]
+    with pytest.raises(TaskError, match="no identifier for 'three'"):
+        solver.solve("three: 01|10")
