@@ -3,8 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.runtime import entry, fail, say
+
+if TYPE_CHECKING:
+    from gram_core.sample.trajectory import SampleConfig
 
 EXAMPLES = """examples:
   gram solve nqueens8_gram \\
@@ -44,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     solve.add_argument("--width", type=_positive, default=20, help="trajectories (20)")
     solve.add_argument(
-        "--depth", type=_positive, help="supervision steps allowed (as many as trained with)"
+        "--depth", type=_positive, help="supervision steps allowed (the run's sample.depth)"
     )
     solve.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     solve.add_argument(
@@ -100,11 +104,26 @@ def _model_folder(run: str) -> Path:
     return path if (path / "config.json").is_file() else MODELS / run
 
 
+def _sampling(run: str) -> "SampleConfig | None":
+    """How params.yaml says to sample the run; None where it does not know the run."""
+    from gram_core.config import ConfigError
+    from gram_core.sample.trajectory import SampleConfig
+    from pipelines.params import FILE, load_run, read_params
+
+    if not FILE.is_file() or run not in read_params()["runs"]:
+        return None
+    try:
+        return load_run(run).section("sample", SampleConfig)
+    except ConfigError as error:
+        say(f"sampling with the defaults, because of {error}")
+        return None
+
+
 def _solve(chosen: argparse.Namespace) -> int:
     from gram_core.solve import Solver
     from gram_core.tasks.base import TaskError
 
-    solver = Solver.load(_model_folder(chosen.run))
+    solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))
     text = chosen.puzzle
     if "|" not in text and Path(text).is_file():
         text = Path(text).read_text(errors="replace")

@@ -8,7 +8,7 @@ from workspace import make_data, params, write_params
 from gram_core.errors import GramError
 from gram_core.tasks.nqueens import NQueens
 from gram_core.tasks.registry import make_task
-from pipelines.cli import main
+from pipelines.cli import _sampling, main
 from pipelines.params import load_run
 from pipelines.train import train_run
 
@@ -139,3 +139,19 @@ def test_help_shows_the_command_and_python(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "gram solve" in out
     assert "Solver.load" in out
+
+
+def test_solve_samples_as_the_run_does(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = _sampling("tiny")
+    assert sampling is not None
+    assert sampling == load_run("tiny").section("sample", type(sampling))
+    assert sampling.all_depths == (1, 2, 3), "of params.yaml, not the defaults"
+    # A folder, an unknown run or a setting that cannot be: the defaults.
+    assert _sampling(str(at / "models" / "tiny")) is None
+    before = (at / "params.yaml").read_text()
+    try:
+        write_params(params(runs__tiny__sample__halt_threshold=2))
+        assert _sampling("tiny") is None
+        assert "sampling with the defaults" in capsys.readouterr().err
+    finally:
+        (at / "params.yaml").write_text(before)
