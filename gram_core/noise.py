@@ -40,12 +40,19 @@ def batch_noise(
     return torch.from_numpy(out)
 
 
-def training_noise(seed: int, iteration: int, rank: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of one training iteration on one worker.
+def training_noise(
+    seed: int, iteration: int, slots: Sequence[int], shape: tuple[int, int, int]
+) -> Float[Tensor, "T B L D"]:
+    """Standard normal noise of one training iteration for the slots of these numbers; `shape` is
+    (T, L, D).
 
-    Seeded anew each iteration, so that a resumed run needs no generator state.
+    Each slot's noise is seeded anew each iteration by its number among all slots of the run, so
+    that a resumed run needs no generator state, and how many workers share the slots does not show.
     """
-    text = f"train\0{seed}\0{iteration}\0{rank}".encode()
+    out = torch.empty((len(slots), *shape))
     generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(blake2b(text, digest_size=8).digest()) >> 1)
-    return torch.randn(shape, generator=generator)
+    for row, slot in enumerate(slots):
+        text = f"train\0{seed}\0{iteration}\0{slot}".encode()
+        generator.manual_seed(int.from_bytes(blake2b(text, digest_size=8).digest()) >> 1)
+        torch.randn(shape, generator=generator, out=out[row])
+    return out.transpose(0, 1)

@@ -5,7 +5,8 @@ what made the file. It knows no task and no model.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,55 @@ def puzzles_schema() -> pa.Schema:
     )
 
 
+def trials_schema() -> pa.Schema:
+    """One row a trial of a sweep and report: `params` are the values that the sweep chose, as JSON
+    by the dotted key of the run's setting, `seconds` the wall time since the trial began. A trial
+    that reported nothing has one row at step 0 without metrics."""
+    return pa.schema(
+        [
+            ("sweep", pa.string()),
+            ("trial", pa.string()),
+            ("number", pa.uint32()),
+            ("state", pa.string()),
+            ("step", pa.uint32()),
+            ("seconds", pa.float64()),
+            ("params", pa.map_(pa.string(), pa.string())),
+            ("metrics", pa.map_(pa.string(), pa.float64())),
+        ],
+        metadata={"gram.table": "trials", "gram.version": VERSION},
+    )
+
+
 def write(path: Path, table: pa.Table, schema: pa.Schema, provenance: Mapping[str, Any]) -> None:
     """Write `table` to `path` whole or not at all; `provenance` (run, revision, params) goes into
     the metadata as JSON. Raises `TableError` where the columns do not fit the schema."""
+    write_parts(path, [table], schema, provenance)
+
+
+def write_parts(
+    path: Path, parts: Iterable[pa.Table], schema: pa.Schema, provenance: Mapping[str, Any]
+) -> int:
+    """`write` of a table that comes in parts, none of which need be in memory with another; the
+    number of rows."""
+    metadata = {**(schema.metadata or {}), b"gram.provenance": json.dumps(provenance).encode()}
+    whole = schema.with_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    rows = 0
+    try:
+        with pq.ParquetWriter(partial, whole, compression="zstd") as writer:
+            for part in parts:
+                writer.write_table(_fitted(path, part, schema).replace_schema_metadata(metadata))
+                rows += len(part)
+        partial.replace(path)
+    except OSError as error:
+        raise TableError(f"{path}: not written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def _fitted(path: Path, table: pa.Table, schema: pa.Schema) -> pa.Table:
     try:
         table = table.select(schema.names).cast(schema)
     except (KeyError, ValueError, pa.ArrowException) as error:
@@ -93,41 +140,57 @@ def write(path: Path, table: pa.Table, schema: pa.Schema, provenance: Mapping[st
             f"{path}: columns do not fit the {_kind(schema)} table: {reason}"
         ) from None
     _check_nulls(path, table)
-    metadata = {**(schema.metadata or {}), b"gram.provenance": json.dumps(provenance).encode()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return table
 
 
 def read(path: Path, kind: str) -> pa.Table:
-    """Read and check the table `kind` ("dataset", "trajectories" or "puzzles").
+    """Read and check the table `kind` ("dataset", "trajectories", "puzzles" or "trials").
 
     Raises `TableError` for a missing or damaged file, another table, or another version.
     """
+    with _opened(path, kind) as file:
+        table = file.read()
+        table.validate(full=True)
+    _check_nulls(path, table)
+    return table
+
+
+def batches(path: Path, kind: str, rows: int = 1 << 16) -> Iterator[pa.Table]:
+    """`read` in parts of at most so many rows, in order, one in memory at a time."""
+    with _opened(path, kind) as file:
+        for batch in file.iter_batches(batch_size=rows):
+            part = pa.Table.from_batches([batch])
+            part.validate(full=True)
+            _check_nulls(path, part)
+            yield part
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[pq.ParquetFile]:
+    """The file of a table `kind`, its schema checked. Raises `TableError`, also for what reading
+    it in the block meets."""
     if not path.is_file():
         raise TableError(f"{path}: no such table; run the stage that makes it (dvc repro)")
     try:
-        table = pq.read_table(path)
-        table.validate(full=True)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            found = schema.metadata or {}
+            name, version = (
+                found.get(b"gram.table", b"?").decode(),
+                found.get(b"gram.version", b"?"),
+            )
+            if name != kind or version.decode() != VERSION:
+                raise TableError(
+                    f"{path}: expected the {kind} table, version {VERSION}; "
+                    f"this is {name!r}, version {version.decode()!r}"
+                )
+            _check_columns(path, kind, schema)
+            if file.metadata.num_rows == 0:
+                raise TableError(f"{path}: the {kind} table has no rows")
+            yield file
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TableError(f"{path}: not a readable Parquet file ({reason})") from None
-    found = table.schema.metadata or {}
-    name, version = found.get(b"gram.table", b"?").decode(), found.get(b"gram.version", b"?")
-    if name != kind or version.decode() != VERSION:
-        raise TableError(
-            f"{path}: expected the {kind} table, version {VERSION}; "
-            f"this is {name!r}, version {version.decode()!r}"
-        )
-    _check_columns(path, kind, table.schema)
-    _check_nulls(path, table)
-    if len(table) == 0:
-        raise TableError(f"{path}: the {kind} table has no rows")
-    return table
 
 
 def provenance(table: pa.Table) -> dict[str, Any]:
@@ -154,6 +217,7 @@ def _check_columns(path: Path, kind: str, schema: pa.Schema) -> None:
         "dataset": lambda: dataset_schema(size("inputs"), size("target")),
         "trajectories": lambda: trajectories_schema(size("prediction")),
         "puzzles": puzzles_schema,
+        "trials": trials_schema,
     }[kind]()
     for field in declared:
         index = schema.get_field_index(field.name)

@@ -1,5 +1,7 @@
-"""Ray: connecting or starting it, quietly, and the board that carries progress to the driver."""
+"""Ray: connecting or starting it, quietly, and the board between workers and driver."""
 
+import asyncio
+import itertools
 import logging
 import os
 import re
@@ -7,18 +9,21 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import ray
-
 from gram_core.errors import GramError
-from pipelines.runtime import environment, threads
+from pipelines.runtime import environment, loopback, threads
+
+# Ray reads its environment when it is imported.
+os.environ.update(loopback())
+import ray
 
 
 @contextmanager
 def cluster(cpus: int | None = None) -> Iterator[None]:
     """A connection to `RAY_ADDRESS` if it is set, else a local Ray of this machine's size on
-    loopback, stopped at the end."""
+    loopback, stopped at the end. Raises `GramError` where there is none."""
     if ray.is_initialized():
         yield
         return
@@ -31,10 +36,10 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         ray.init(
-            address=address,
+            address=address or "local",
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"env_vars": environment()},
+            runtime_env={"env_vars": environment(), **(_code() if address else {})},
             **local,
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -44,6 +49,33 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _code() -> dict[str, Any]:
+    """What a cluster's workers get from the driver: the code, and nothing else of its disk."""
+    import gram_core
+    import pipelines
+
+    packages = [str(Path(package.__path__[0])) for package in (gram_core, pipelines)]
+    return {"py_modules": packages, "excludes": ["**/__pycache__"]}
+
+
+def worker_cores(workers: int, wanted: int | None) -> int:
+    """CPU cores of each of `workers`: `wanted`, or an equal share of the cluster's that fits on
+    its largest node. Raises `GramError` where that many are not there."""
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    cores = wanted or max(1, int(min(max(nodes), sum(nodes) // workers)))
+    if sum(int(cpus // cores) for cpus in nodes) < workers:
+        raise GramError(
+            f"{workers} workers of {cores} CPU cores do not fit on this Ray's nodes, which have "
+            f"{', '.join(f'{cpus:.0f}' for cpus in nodes)}; ask for fewer workers or cores"
+        )
+    return cores
+
+
+def has_gpus() -> bool:
+    """Whether any node has a GPU for workers."""
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 def _reach(address: str) -> None:
@@ -60,43 +92,76 @@ def _reach(address: str) -> None:
         ) from None
 
 
-class _Messages:
-    """Messages of the workers, in the order they came."""
+class _Desk:
+    """Messages of the workers in the order they came, and the driver's answers."""
 
     def __init__(self) -> None:
-        self.messages: list[Any] = []
+        self.messages: list[tuple[int, Any]] = []
+        self.arrived = asyncio.Event()
+        self.numbers = itertools.count()
+        self.waiting: dict[int, asyncio.Future[Any]] = {}
 
-    def put(self, message: Any) -> None:
-        self.messages.append(message)
+    async def put(self, message: Any) -> None:
+        self.messages.append((-1, message))
+        self.arrived.set()
 
-    def take(self) -> list[Any]:
+    async def ask(self, message: Any) -> Any:
+        number = next(self.numbers)
+        answer = self.waiting[number] = asyncio.get_running_loop().create_future()
+        self.messages.append((number, message))
+        self.arrived.set()
+        return await answer
+
+    async def take(self, seconds: float) -> list[tuple[int, Any]]:
+        try:
+            await asyncio.wait_for(self.arrived.wait(), seconds)
+        except TimeoutError:
+            return []
+        self.arrived.clear()
         taken, self.messages = self.messages, []
         return taken
 
+    async def answer(self, number: int, value: Any) -> None:
+        self.waiting.pop(number).set_result(value)
+
 
 class Board:
-    """A one-way channel from workers to the driver: workers `post`, and while the driver is
-    inside `listening`, each message is handed to its function in a thread of the driver."""
+    """The way from workers to the driver, whatever node they are on: while the driver is inside
+    `listening`, each message is handed to its function in a thread of the driver."""
 
     def __init__(self) -> None:
-        self.actor = ray.remote(num_cpus=0)(_Messages).remote()
+        self.actor = ray.remote(num_cpus=0, max_concurrency=1000)(_Desk).remote()
 
     def post(self, message: Any) -> None:
-        """Send from a worker; arrives once."""
+        """Send from a worker and go on; arrives once."""
         ray.get(self.actor.put.remote(message))
 
+    def ask(self, message: Any) -> Any:
+        """Send from a worker and wait for what the driver's function returns; a `GramError` that
+        it raises is raised here."""
+        answer = ray.get(self.actor.ask.remote(message))
+        if isinstance(answer, GramError):
+            raise answer
+        return answer
+
     @contextmanager
-    def listening(self, receive: Callable[[Any], None]) -> Iterator[None]:
+    def listening(self, receive: Callable[[Any], Any]) -> Iterator[None]:
         """Deliver messages to `receive` until the block ends, the last ones included."""
         stop = threading.Event()
 
-        def deliver() -> None:
-            for message in ray.get(self.actor.take.remote()):
-                receive(message)
+        def deliver(seconds: float) -> None:
+            for number, message in ray.get(self.actor.take.remote(seconds)):
+                try:
+                    answer = receive(message)
+                except Exception as error:
+                    # Whoever waits must hear of it, whatever it is.
+                    answer = error if isinstance(error, GramError) else GramError(repr(error))
+                if number >= 0:
+                    ray.get(self.actor.answer.remote(number, answer))
 
         def loop() -> None:
-            while not stop.wait(0.5):
-                deliver()
+            while not stop.is_set():
+                deliver(0.5)
 
         thread = threading.Thread(target=loop, daemon=True)
         thread.start()
@@ -105,5 +170,5 @@ class Board:
         finally:
             stop.set()
             thread.join()
-            deliver()
+            deliver(0.0)
             ray.kill(self.actor)

@@ -4,8 +4,11 @@ is all padding is a secret one.
 Knows where the tables of a task lie; what is in them is the task's.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +23,11 @@ from gram_core.files import write_atomic
 from gram_core.tables import TableError
 from gram_core.tasks.base import Split, Task
 from gram_core.tasks.batches import Examples, Puzzles
+from pipelines import storage
 from pipelines.params import DATA
 from pipelines.provenance import provenance
 from pipelines.sources import fetch
+from pipelines.storage import StorageError
 
 
 def generate(name: str, task: Task) -> dict[str, Any]:
@@ -68,6 +73,35 @@ def read(path: Path, task: Task) -> pa.Table:
     return table
 
 
+def publish(name: str, address: str) -> str:
+    """Put the tables of a task where workers can read them, under a name made of their content,
+    and return that address. Raises `StorageError`."""
+    files = {part: DATA / name / part for part in ("train.parquet", "test.parquet")}
+    content = {part: storage.read(str(path)) for part, path in files.items()}
+    digest = hashlib.sha256(b"".join(content.values())).hexdigest()[:16]
+    folder = storage.join(address, name, digest)
+    there = storage.names(folder)
+    for part, whole in content.items():
+        if part not in there:
+            storage.write(storage.join(folder, part), whole)
+    return folder
+
+
+@contextmanager
+def published(address: str) -> Iterator[Path]:
+    """A folder on this machine with the tables that `publish` put at the address, for a while.
+    Raises `StorageError`, also where they are not what was put there."""
+    with tempfile.TemporaryDirectory() as place:
+        digest, folder = hashlib.sha256(), Path(place)
+        for part in ("train.parquet", "test.parquet"):
+            content = storage.read(storage.join(address, part))
+            digest.update(content)
+            (folder / part).write_bytes(content)
+        if digest.hexdigest()[:16] != address.rpartition("/")[2]:
+            raise StorageError(f"{address}: the tables there are not those that were put there")
+        yield folder
+
+
 def identifiers(name: str, task: Task) -> list[str]:
     """The groups whose variants have learned identifiers, in the order of these; none where the
     task's have not."""
@@ -91,11 +125,17 @@ def _puzzle(table: pa.Table, task: Task, groups: Sequence[str]) -> torch.Tensor:
 
 
 def examples(
-    name: str, task: Task, part: Literal["train", "test"], groups: Sequence[str] = ()
+    name: str,
+    task: Task,
+    part: Literal["train", "test"],
+    groups: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> Examples:
     """The pairs of one table whose target is known, in its order, as tensors; training rows with
-    their variants, none of which is a test input. `groups` are `identifiers`."""
-    table = read(DATA / name / f"{part}.parquet", task)
+    their variants, none of which is a test input. `groups` are `identifiers`; `folder` is where the
+    tables lie, by default the task's own."""
+    folder = folder or DATA / name
+    table = read(folder / f"{part}.parquet", task)
     if part == "test":
         table = table.filter(tables.tokens_numpy(table["target"]).any(axis=1))
     inputs = torch.from_numpy(tables.tokens_numpy(table["inputs"]).copy())
@@ -106,7 +146,7 @@ def examples(
     held_out: frozenset[bytes] = frozenset()
     if not task.identified:
         # With identifiers the answer hangs on the group: another's input gives nothing away.
-        test = tables.tokens_numpy(test_table(name, task)["inputs"])
+        test = tables.tokens_numpy(read(folder / "test.parquet", task)["inputs"])
         held_out = frozenset(row.tobytes() for row in test)
     return Examples(
         inputs,

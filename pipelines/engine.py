@@ -1,24 +1,25 @@
 """The DeepSpeed engine: `gram_core.train.engine.Engine` over `deepspeed.initialize`.
 
-Expects a process group (Ray Train makes it). Knows nothing of Ray.
+Expects a process group (Ray Train makes it). Knows nothing of Ray. Checkpoints are ours: weights
+and moments are gathered whole from whatever ZeRO shards, so that they say nothing of workers and
+stages, and nothing of DeepSpeed's is pickled.
 """
 
 import logging
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gram_core.train.engine import Supervised
+from gram_core.train.engine import Supervised, adam_moments, load_adam_moments
 from gram_core.train.loop import TrainConfig
 from gram_core.train.objective import Batch, Supervision
 from gram_core.train.optim import make_optimizer
 from pipelines.deepspeed_config import deepspeed_config
 
-TAG = "deepspeed"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
@@ -34,13 +35,13 @@ class DeepSpeedEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.model = module.model
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.stage = config.zero_stage
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(module.model, config.optim),
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, module.precision),
             dist_init_required=False,
         )
-        self.engine.checkpoint_engine = _SafeCheckpoints(self.engine.checkpoint_engine)
 
     def forward(self, batch: Batch, noise: Tensor) -> Supervision:
         result: Supervision = self.engine(batch, noise)
@@ -65,23 +66,126 @@ class DeepSpeedEngine:
     def barrier(self) -> None:
         dist.barrier()
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def held(self) -> list[Tensor]:
+        # Stage 3 keeps a flat shard of each parameter, all of equal size, the last one padded.
+        return [p.ds_tensor if self.stage == 3 else p.data for p in self.model.parameters()]
 
-    def load(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if loaded is None:
-            raise FileNotFoundError(f"{folder / TAG}: no DeepSpeed checkpoint")
+    def whole(self, held: Sequence[Tensor]) -> list[Tensor]:
+        if self.stage < 3:
+            return list(held)
+        return [
+            self.gather(shard)[: p.ds_numel].view(p.ds_shape)
+            for p, shard in zip(self.model.parameters(), held, strict=True)
+        ]
 
+    def shares(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        if self.stage < 3:
+            return list(whole)
+        return [
+            self._shard(tensor, p) for tensor, p in zip(whole, self.model.parameters(), strict=True)
+        ]
 
-class _SafeCheckpoints:
-    """DeepSpeed's checkpoint engine, except that loading never unpickles objects."""
+    def _shard(self, whole: Tensor, parameter: torch.nn.Parameter) -> Tensor:
+        size = parameter.ds_tensor.numel()
+        padding = size * self.world - whole.numel()
+        padded = torch.nn.functional.pad(whole.flatten(), (0, padding))
+        return padded[self.rank * size : (self.rank + 1) * size]
 
-    def __init__(self, inner: object) -> None:
-        self._inner = inner
+    def moments(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return adam_moments(self.model, self.engine.optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._inner, name)
+        flat = self._flat_state()
+        if not any(flat):
+            return {}
+        step = next(state["step"] for state in flat if state)
+        self._link()
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            found[f"step.{name}"] = step.clone()
+            for kind in MOMENTS:
+                found[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind)
+        return found
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=True)
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        if self.stage == 0:
+            self.model.load_state_dict(weights)
+            load_adam_moments(self.model, self.engine.optimizer, moments)
+            return
+        self._load_weights(weights)
+        if moments:
+            self._load_moments(moments)
+
+    @torch.no_grad()
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            value = weights[name].to(parameter.device)
+            if self.stage == 3:
+                parameter.ds_tensor.copy_(self._shard(value, parameter))
+            if parameter.shape == value.shape:  # not away in shards
+                parameter.copy_(value)
+            self._set(parameter, value)
+        for name, buffer in self.model.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+
+    def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        inner = self.engine.optimizer.optimizer
+        step = max(value for key, value in moments.items() if key.startswith("step."))
+        for flat in self._flats():
+            inner.state[flat] = {
+                "step": step.clone(),
+                **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+            }
+        self._link()
+        for name, parameter in self.model.named_parameters():
+            for kind in MOMENTS:
+                if f"{kind}.{name}" in moments:
+                    value = moments[f"{kind}.{name}"].to(parameter.device)
+                    self._set(parameter, value, kind)
+
+    def _set(self, parameter: torch.nn.Parameter, value: Tensor, kind: str | None = None) -> None:
+        """Write this worker's part of a whole float32 weight, or of its moment `kind`."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        # At stage 3 the functions for whole tensors fail where a shard is all padding.
+        if self.stage == 3:
+            value = self._shard(value, parameter)
+            weight, moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
+        else:
+            weight, moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if kind is None:
+            weight(parameter, value)
+        else:
+            moment(parameter, value, kind)
+
+    def _flats(self) -> list[Tensor]:
+        """The flat float32 tensors that the sharded optimiser steps on this worker."""
+        optimizer = self.engine.optimizer
+        flats: list[Tensor] = (
+            optimizer.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
+        return flats
+
+    def _flat_state(self) -> list[Mapping[str, Tensor]]:
+        state = self.engine.optimizer.optimizer.state
+        return [state.get(flat, {}) for flat in self._flats()]
+
+    def _link(self) -> None:
+        """Tell the parameters of stages 1 and 2 where their moments are. DeepSpeed does it after
+        the first group's first step, before the other groups have any."""
+        if self.stage == 3:
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        optimizer = self.engine.optimizer
+        for group, flat in zip(optimizer.bit16_groups, self._flats(), strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, optimizer.optimizer.state)

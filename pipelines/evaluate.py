@@ -1,10 +1,11 @@
 """The evaluate stage: trajectories in, puzzles table, metrics and plot data out.
 
-A guided model is also asked for the bounds on its likelihood, on the test pairs.
+The trajectories are read once, some puzzles at a time, so that memory does not grow with their
+number. A guided model is also asked for the bounds on its likelihood, on the test pairs.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ from gram_core.evaluate.metrics import (
     metrics,
     puzzle_table,
     ratio,
+    selected,
     summarise,
+    tokens,
 )
 from gram_core.files import write_atomic
 from gram_core.model.gram import GRAM
@@ -30,6 +33,7 @@ from gram_core.model.store import load_model
 from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tables import TableError
+from gram_core.tasks.base import Task
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.dataset import examples, held_out, labelled, solution_counts, test_table
 from pipelines.params import MODELS, RESULTS, Run
@@ -51,25 +55,106 @@ def evaluate(run: Run) -> dict[str, float]:
             f"{sample.width}; draw that many trajectories or report fewer"
         )
     folder = RESULTS / run.name
-    path = folder / "trajectories.parquet"
-    frame = pl.from_arrow(tables.read(path, "trajectories"))
-    assert isinstance(frame, pl.DataFrame)
-    counts = solution_counts(run.task_name, run.task)
-    _check(path, frame, counts.collect(), sample)
-    puzzles = puzzle_table(frame.lazy(), counts, config.widths)
+    seen = _Seen(run, sample, config)
     model, about = load_model(MODELS / run.name)
     groups = about.get("identifiers", [])
+    seen.read(folder / "trajectories.parquet", groups)
+    puzzles = seen.puzzles()
     found = {
         **_common(run, puzzles, sample, config),
-        **_own(run, frame.filter(pl.col("depth") == sample.depth), groups, config),
+        **_own(run, seen, groups, config),
         **_bounds(run, model, groups, config),
     }
     scaling = _scaling(puzzles, sample, config)
-    made = {"run": run.name, **provenance()}
+    made = {"run": run.name, **provenance(config.seed)}
     tables.write(folder / "puzzles.parquet", puzzles.to_arrow(), tables.puzzles_schema(), made)
     write_atomic(folder / "scaling.csv", scaling.write_csv().encode())
     write_atomic(folder / "metrics.json", (json.dumps(found, indent=2) + "\n").encode())
     return found
+
+
+def whole_puzzles(path: Path) -> Iterator[pl.DataFrame]:
+    """The trajectories table in parts that each hold some puzzles whole, one in memory at a time.
+    Raises `TableError`."""
+    held: list[pl.DataFrame] = []
+    for part in tables.batches(path, "trajectories"):
+        frame = pl.from_arrow(part)
+        assert isinstance(frame, pl.DataFrame)
+        ids = frame["puzzle_id"]
+        begun = int((ids == ids[-1]).arg_max() or 0)  # where the last puzzle of the part begins
+        if begun or (held and held[-1]["puzzle_id"][-1] != ids[-1]):
+            yield pl.concat([*held, frame[:begun]])
+            held = []
+        held.append(frame[begun:])
+    if held:
+        yield pl.concat(held)
+
+
+class _Seen:
+    """What one pass over the trajectories leaves: a row or so a puzzle, and whole answers only
+    where a score needs all of them together."""
+
+    def __init__(self, run: Run, sample: SampleConfig, config: EvaluateConfig) -> None:
+        self.run = run
+        self.sample = sample
+        self.config = config
+        self.tables: list[pl.DataFrame] = []
+        self.selected: list[pl.DataFrame] = []
+        self.answers: list[pl.DataFrame] = []
+        # Tasks that score groups of puzzles, and those that answer nothing, need answers together.
+        self.together = type(run.task).score is not Task.score or not run.task.conditional
+
+    def puzzles(self) -> pl.DataFrame:
+        """One row a puzzle, width and depth."""
+        return pl.concat(self.tables).sort("depth", "width", "puzzle_id")
+
+    def read(self, path: Path, groups: Sequence[str]) -> None:
+        """Go through the table. Raises `TableError` where it does not hold every test puzzle with
+        every trajectory at every depth once."""
+        run, sample = self.run, self.sample
+        counts = solution_counts(run.task_name, run.task).collect()
+        inputs, targets = held_out(run.task_name, run.task, groups)
+        place = {puzzle_id: i for i, puzzle_id in enumerate(inputs.ids)}
+        one_known = all(len(known) == 1 for known in targets.values())
+        each = sample.width * len(sample.all_depths)
+        left = set(place)
+        for frame in whole_puzzles(path):
+            found = frame["puzzle_id"].unique()
+            for puzzle_id in found:
+                if puzzle_id not in place:
+                    raise TableError(
+                        f"{path}: puzzle {puzzle_id!r} is not in both this table and the test table"
+                    )
+            keys = frame.select("puzzle_id", "trajectory", "depth").n_unique()
+            if len(frame) != each * len(found) or keys != len(frame) or not left.issuperset(found):
+                raise TableError(
+                    f"{path}: expected {each} rows of a puzzle: every puzzle, trajectory and depth "
+                    "once"
+                )
+            left.difference_update(found)
+            known = counts.filter(pl.col("puzzle_id").is_in(found.implode()))
+            self.tables.append(puzzle_table(frame.lazy(), known.lazy(), self.config.widths))
+            rows = frame.filter(pl.col("depth") == sample.depth)
+            puzzle = np.array([place[puzzle_id] for puzzle_id in rows["puzzle_id"].to_list()])
+            answers = tokens(rows)
+            given = inputs.inputs[torch.from_numpy(puzzle)]
+            numbers = run.task.measure(given, torch.from_numpy(answers.copy()))
+            columns = {name: values.numpy() for name, values in numbers.items()}
+            if one_known:
+                wanted = np.stack(
+                    [np.frombuffer(min(targets[i]), np.uint8) for i in rows["puzzle_id"].to_list()]
+                )
+                scored = wanted > 0
+                columns["token_accuracy"] = ((answers == wanted) & scored).sum(1) / scored.sum(1)
+            if columns:
+                own = rows.with_columns(pl.Series(k, v) for k, v in columns.items())
+                self.selected.append(selected(own, list(columns), self.config.widths))
+            if self.together:
+                self.answers.append(rows)
+        if left:
+            raise TableError(
+                f"{path}: puzzle {min(left)!r} is not in both this table and the test table"
+            )
 
 
 def _common(
@@ -92,56 +177,29 @@ def _common(
     }
 
 
-def _check(path: Path, rows: pl.DataFrame, counts: pl.DataFrame, sample: SampleConfig) -> None:
-    """Every test puzzle with every trajectory at every depth, once."""
-    known, found = set(counts["puzzle_id"]), set(rows["puzzle_id"])
-    if known != found:
-        odd = sorted(known ^ found)[0]
-        raise TableError(f"{path}: puzzle {odd!r} is not in both this table and the test table")
-    wanted = len(known) * sample.width * len(sample.all_depths)
-    if len(rows) != wanted or len(rows.unique(["puzzle_id", "trajectory", "depth"])) != wanted:
-        raise TableError(
-            f"{path}: {len(rows)} rows, expected {wanted}: every puzzle, trajectory and depth once"
-        )
-
-
-def _own(
-    run: Run, rows: pl.DataFrame, groups: Sequence[str], config: EvaluateConfig
-) -> dict[str, float]:
+def _own(run: Run, seen: _Seen, groups: Sequence[str], config: EvaluateConfig) -> dict[str, float]:
     """What the task measures beside validity, and `token_accuracy` where every input has one known
     answer; of an unconditional task, how different and how new its answers are."""
-    puzzles, targets = held_out(run.task_name, run.task, groups)
-    place = {puzzle_id: i for i, puzzle_id in enumerate(puzzles.ids)}
-    puzzle = np.array([place[puzzle_id] for puzzle_id in rows["puzzle_id"].to_list()])
-    answers = np.array(rows["prediction"].to_list(), dtype=np.uint8)
-    inputs = puzzles.inputs[torch.from_numpy(puzzle)]
-    numbers = run.task.measure(inputs, torch.from_numpy(answers))
-    columns = {name: values.numpy() for name, values in numbers.items()}
-    if all(len(known) == 1 for known in targets.values()):
-        wanted = np.stack([np.frombuffer(min(targets[i]), np.uint8) for i in puzzles.ids])[puzzle]
-        scored = wanted > 0
-        columns["token_accuracy"] = ((answers == wanted) & scored).sum(1) / scored.sum(1)
-    found = measured(rows.with_columns(**_series(columns)), list(columns), config)
+    found = measured(pl.concat(seen.selected), config) if seen.selected else {}
+    if not seen.together:
+        return found
+    rows = pl.concat(seen.answers)
     for name, shares in run.task.score(rows, test_table(run.task_name, run.task)).items():
         if not len(shares):
             continue  # every answer is secret
         e = ratio(shares, np.ones(len(shares)), config.resamples, config.seed)
         found[name], found[f"{name}_low"], found[f"{name}_high"] = e.value, e.low, e.high
     if run.task.image is not None:
-        answers_ = torch.from_numpy(answers)
+        answers = torch.from_numpy(tokens(rows).copy())
         train, test = (labelled(run.task_name, run.task, part) for part in ("train", "test"))
         side, steps = run.task.image[0], config.classifier_steps
-        found.update(scores(answers_, train, test, side, steps=steps, seed=config.seed))
+        found.update(scores(answers, train, test, side, steps=steps, seed=config.seed))
         if config.inception is not None:
-            found.update(inception_scores(answers_, train[0], side, config.inception))
+            found.update(inception_scores(answers, train[0], side, config.inception))
     elif not run.task.conditional:
         known = examples(run.task_name, run.task, "train").target.numpy()
         found.update(generated(rows, {row.tobytes() for row in known}, config))
     return found
-
-
-def _series(columns: dict[str, np.ndarray]) -> dict[str, pl.Series]:
-    return {name: pl.Series(name, values) for name, values in columns.items()}
 
 
 def _bounds(

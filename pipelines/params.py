@@ -16,11 +16,14 @@ from ruamel.yaml.error import YAMLError
 from gram_core.config import Config, ConfigError, load
 from gram_core.tasks.base import Task
 from gram_core.tasks.registry import make_task
+from pipelines.storage import StorageConfig
 
 FILE = Path("params.yaml")
 DATA, MODELS, RESULTS = Path("data"), Path("models"), Path("results")
+WORK = Path(".gram")  # what is in progress
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+SECTIONS = ("tasks", "runs", "sweeps", "storage")
 RUN_KEYS = ("task", "model", "objective", "train", "sample", "evaluate")
 
 
@@ -41,8 +44,8 @@ class Run:
 
 
 def read_params(path: Path = FILE) -> dict[str, Any]:
-    """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags, or
-    has other sections than `tasks` and `runs`."""
+    """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags,
+    lacks the sections `tasks` or `runs`, or has others than these, `sweeps` and `storage`."""
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text())
     except OSError as error:
@@ -57,11 +60,11 @@ def read_params(path: Path = FILE) -> dict[str, Any]:
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path}: expected the sections 'tasks' and 'runs', got {document!r}")
     for key in document:
-        if key not in ("tasks", "runs"):
-            raise ConfigError(f"{path}: unknown section {key!r}; known: tasks, runs")
-    for section in ("tasks", "runs"):
-        entries = document.get(section)
-        if not isinstance(entries, Mapping) or not entries:
+        if key not in SECTIONS:
+            raise ConfigError(f"{path}: unknown section {key!r}; known: {', '.join(SECTIONS)}")
+    for section in ("tasks", "runs", "sweeps"):
+        entries = document.get(section, {} if section == "sweeps" else None)
+        if not isinstance(entries, Mapping) or (section != "sweeps" and not entries):
             raise ConfigError(f"{path}: section {section!r} must be a mapping with an entry")
         for name in entries:
             if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -76,9 +79,18 @@ def load_task(name: str, path: Path = FILE) -> Task:
     return _task(read_params(path), name, path)
 
 
+def load_storage(path: Path = FILE) -> StorageConfig:
+    """Where workers read and write by themselves. Raises `ConfigError`."""
+    return load(StorageConfig, read_params(path).get("storage", {}), f"{path}: storage")
+
+
 def load_run(name: str, path: Path = FILE) -> Run:
     """The run `name`, its task checked. Raises `ConfigError`."""
-    params = read_params(path)
+    return run_of(read_params(path), name, path)
+
+
+def run_of(params: Mapping[str, Any], name: str, path: Path = FILE) -> Run:
+    """The run `name` of what `read_params` gave. Raises `ConfigError`."""
     entry = _entry(params, "runs", name, path)
     where = f"{path}: runs.{name}"
     for key in entry:

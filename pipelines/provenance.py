@@ -1,26 +1,50 @@
-"""What made a result: revision, versions, device and threads, written beside every result."""
+"""What made a result: seed, revision, versions, device, threads and environment, written beside
+every result."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from pipelines.runtime import device_name, threads
+from pipelines.runtime import device_name, environment, threads
 
 MADE = ("dvc.lock", "models", "results")
-PACKAGES = ("torch", "deepspeed", "ray", "pyarrow", "polars", "numpy")
+PACKAGES = ("torch", "deepspeed", "ray", "dvc", "pyarrow", "polars", "numpy")
+# Only these variables are told: an environment holds credentials too.
+VARIABLES = (*environment(), "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
-def provenance() -> dict[str, Any]:
-    """Git revision (with `+` where tracked files differ from it), package versions, device and
-    threads."""
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """Seed, git revision (with `+` where tracked files differ from it), package versions, machine,
+    device, threads, and the variables of the environment that bear on a result."""
     return {
+        "seed": seed,
         "revision": revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "device": device_name(),
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
+        "device": _device(),
         "threads": threads(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def _device() -> str:
+    import torch
+
+    name = device_name()
+    return f"{name}, {torch.cuda.get_device_name()}" if name == "cuda" else name
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
 
 
 def revision() -> str:

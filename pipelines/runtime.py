@@ -26,9 +26,15 @@ QUIET = {
 }
 
 
+def loopback() -> dict[str, str]:
+    """What makes a local Ray listen on loopback alone; nothing where a cluster is named. (Ray has
+    no other switch for it than the one that says that this machine takes part in no cluster.)"""
+    return {} if "RAY_ADDRESS" in os.environ else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
 def environment() -> dict[str, str]:
     """What every process of a run, workers included, has in its environment."""
-    return {**ALLOCATOR, **PATIENT, **QUIET}
+    return {**ALLOCATOR, **PATIENT, **QUIET, **loopback()}
 
 
 def entry(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -1,13 +1,18 @@
 """The sample stage: trajectories of every test puzzle, spread over Ray Data's workers.
 
-A worker is a class that loads the model once and turns a block of puzzles into rows. A trajectory
+A worker is a class that loads the model once and turns blocks of puzzles into rows. A trajectory
 is a function of weights, seed, puzzle and number, so how puzzles are cut into blocks and which
-worker takes them does not show in the table.
+worker takes them does not show in the table. Blocks are kept as they finish; the table is put
+together from them.
 """
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -21,44 +26,81 @@ from gram_core.model.store import ModelError, load_model
 from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
+from pipelines import storage
+from pipelines.blocks import Block, BlockStore, cut, expect, packed
+from pipelines.cost import calibrate
 from pipelines.dataset import held_out
-from pipelines.params import MODELS, RESULTS, Run
+from pipelines.params import MODELS, RESULTS, WORK, Run, load_storage
 from pipelines.provenance import provenance
-from pipelines.runtime import device_name, threads
+from pipelines.runtime import device_name, say, threads
+
+Progress = Callable[[int, int], None]  # of a block's number: so many trajectories are finished
+# Settings of sampling that say how it is spread, not what comes of it.
+SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus")
 
 
 class Sampler:
-    """A model ready to sample; called with a batch of columns by Ray Data."""
+    """A model ready to sample. Called by Ray Data with a batch of columns, it gives one row a
+    finished block: its name and rows, and its content unless it put that into `store` itself."""
 
     def __init__(
-        self, model: GRAM, task: Task, config: SampleConfig, cores: int, board: Any = None
+        self,
+        model: GRAM,
+        task: Task,
+        config: SampleConfig,
+        cores: int,
+        board: Any = None,
+        store: BlockStore | None = None,
     ) -> None:
         torch.set_num_threads(cores)
         self.model = model.to(device_name())
         self.task = task
         self.config = config
         self.board = board
+        self.store = store
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """Rows of the trajectories table for the puzzles of `batch` (`puzzle_id`, `inputs`,
-        `puzzle`, its learned identifier, and `targets`, the known answers of each puzzle as one
-        string of bytes)."""
-        ids = [str(i) for i in batch["puzzle_id"]]
-        inputs = torch.from_numpy(np.stack(list(batch["inputs"])).astype(np.uint8))
-        post = self.board.post if self.board is not None else lambda finished: None
-        size = inputs.shape[1]
-        known = [
-            {whole[i : i + size] for i in range(0, len(whole), size)} for whole in batch["targets"]
-        ]
-        puzzle = torch.from_numpy(np.asarray(batch["puzzle"], dtype=np.int32).copy())
-        return self.rows(Puzzles(ids, inputs, puzzle), known, post)
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Finish the blocks in `batch`: `puzzle_id`, `inputs`, `puzzle` (its learned identifier)
+        and `targets` (the known answers of each puzzle as one string of bytes), and for each row
+        its `block` and which trajectories that is: `first`, `count`."""
+        post = self.board.post if self.board is not None else lambda message: None
+        finished: dict[str, list[Any]] = {"name": [], "trajectories": [], "content": []}
+        for number in np.unique(batch["block"]):
+            mine = {key: column[batch["block"] == number] for key, column in batch.items()}
+            ids = [str(i) for i in mine["puzzle_id"]]
+            inputs = torch.from_numpy(np.stack(list(mine["inputs"])).astype(np.uint8))
+            size = inputs.shape[1]
+            known = [
+                {whole[i : i + size] for i in range(0, len(whole), size)}
+                for whole in mine["targets"]
+            ]
+            puzzle = torch.from_numpy(np.asarray(mine["puzzle"], dtype=np.int32).copy())
+            first, count = int(mine["first"][0]), int(mine["count"][0])
+            block = Block(int(number), 0, len(ids), first, count)
+            rows = self.rows(
+                Puzzles(ids, inputs, puzzle), known, block, lambda n, done: post((n, done))
+            )
+            name, content = packed(block.number, rows)
+            if self.store is not None:
+                self.store.put(name, content)
+            finished["name"].append(name)
+            finished["trajectories"].append(block.trajectories)
+            finished["content"].append(b"" if self.store is not None else content)
+        return finished
 
     def rows(
-        self, puzzles: Puzzles, known: list[set[bytes]], progress: Callable[[int], None]
+        self, puzzles: Puzzles, known: Sequence[set[bytes]], block: Block, progress: Progress
     ) -> pa.Table:
-        """The rows of some puzzles, in order of puzzle, trajectory and depth."""
-        width = self.config.width
-        result = rollout(self.model, puzzles, self.config, progress=progress)
+        """The rows of a block over these puzzles, in order of puzzle, trajectory and depth."""
+        width, done = block.count, 0
+        config = msgspec.structs.replace(self.config, width=width)
+
+        def ended(trajectories: int) -> None:
+            nonlocal done
+            done += trajectories
+            progress(block.number, done)
+
+        result = rollout(self.model, puzzles, config, first_trajectory=block.first, progress=ended)
         inputs = puzzles.inputs.repeat_interleave(width, dim=0)
         order = np.arange(len(inputs)).repeat(len(result.depths))
         depth = np.tile(np.arange(len(result.depths)), len(inputs))
@@ -75,7 +117,7 @@ class Sampler:
         return pa.table(
             {
                 "puzzle_id": pa.array(np.array(puzzles.ids)[order // width]),
-                "trajectory": order % width,
+                "trajectory": block.first + order % width,
                 "depth": np.array(result.depths)[depth],
                 "seed": np.full(len(order), self.config.seed),
                 "steps": result.steps[depth, order],
@@ -90,7 +132,8 @@ class Sampler:
 
 def sample_run(run: Run) -> int:
     """Sample the run's test puzzles and write results/RUN/trajectories.parquet; returns the
-    number of rows. Raises `ModelError` where models/RUN is not this run's."""
+    number of rows. Goes on with the blocks that a former attempt had finished. Raises `ModelError`
+    where models/RUN is not this run's."""
     config = run.section("sample", SampleConfig)
     wanted = dump(run.section("model", ModelConfig))
     folder = MODELS / run.name
@@ -102,76 +145,164 @@ def sample_run(run: Run) -> int:
         )
     puzzles, targets = held_out(run.task_name, run.task, about.get("identifiers", []))
     known = [targets[puzzle_id] for puzzle_id in puzzles.ids]
+    place = load_storage().trajectories
+    address = storage.join(place or str(WORK / "samples"), run.name)
+    job = Job(run.name, model, run.task, config, puzzles, known)
+    store = BlockStore(address, job.key(about["sha256"]))
+    todo = [block for block in job.blocks if block.number not in store.names]
     total = len(puzzles.ids) * config.width
-    with tqdm(total=total, desc=f"sample {run.name}", unit="trajectory") as bar:
-        if config.workers == 0:
-            sampler = Sampler(model, run.task, config, threads())
-            table = sampler.rows(puzzles, known, bar.update)
-        else:
-            table = sample_on_ray(model, run.task, config, puzzles, known, bar.update)
-    if len(table) != total * len(config.all_depths):
-        raise GramError(f"sampling {run.name}: {len(table)} rows came back, expected {total}")
+    found = total - sum(block.trajectories for block in todo)
+    if found:
+        say(f"sample {run.name}: {found:,} of {total:,} trajectories found finished")
+    with _Bar(run.name, total, found) as bar:
+        if todo:
+            how = sample_here if config.concurrency == 0 else sample_on_ray
+            how(job, todo, store, bar, apart=place is not None)
     path = RESULTS / run.name / "trajectories.parquet"
     schema = tables.trajectories_schema(run.task.length)
     settings = {"run": run.name, "sample": dump(config), "model": about["sha256"]}
-    tables.write(path, table, schema, {**settings, **provenance()})
-    return len(table)
+    rows = tables.write_parts(
+        path, store.tables(job.blocks), schema, {**settings, **provenance(config.seed)}
+    )
+    expect(rows, total * len(config.all_depths), f"sampling {run.name}")
+    store.clear()
+    return rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to sample: its model, puzzles and their known answers."""
+
+    name: str
+    model: GRAM
+    task: Task
+    config: SampleConfig
+    puzzles: Puzzles
+    known: Sequence[set[bytes]]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All of its blocks."""
+        return cut(len(self.puzzles.ids), self.config)
+
+    def key(self, weights: str) -> str:
+        """Identifies all that the rows depend on, but for code and machine."""
+        settings = {k: v for k, v in dump(self.config).items() if k not in SPREAD}
+        digest = hashlib.sha256()
+        for part in (weights, settings, dump(self.task.config), list(self.puzzles.ids)):
+            digest.update(json.dumps(part, sort_keys=True).encode())
+        digest.update(self.puzzles.inputs.numpy().tobytes())
+        for answers in self.known:
+            digest.update(b"".join(sorted(answers)))
+        return digest.hexdigest()[:16]
+
+    def columns(self, block: Block) -> pa.Table:
+        """A block as a worker takes it."""
+        span = slice(block.start, block.stop)
+        count = block.stop - block.start
+        return pa.table(
+            {
+                "block": np.full(count, block.number),
+                "first": np.full(count, block.first),
+                "count": np.full(count, block.count),
+                "puzzle_id": list(self.puzzles.ids[span]),
+                "inputs": tables.tokens_array(self.puzzles.inputs[span].numpy()),
+                "puzzle": self.puzzles.puzzle[span].numpy(),
+                "targets": [b"".join(sorted(answers)) for answers in self.known[span]],
+            }
+        )
+
+
+class _Bar:
+    """A bar over trajectories, from the first one on: finished blocks, and what is done of those in
+    work. A block that begins again on another worker takes back what it had."""
+
+    def __init__(self, name: str, total: int, found: int) -> None:
+        self.settings = {"desc": f"sample {name}", "total": total, "initial": found}
+        self.bar: Any = None
+        self.done: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, block: int, done: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(unit="trajectory", **self.settings)
+        self.bar.update(done - self.done.get(block, 0))
+        self.done[block] = done
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def sample_here(
+    job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
+) -> None:
+    """Finish the blocks in this process."""
+    cores = job.config.cores or threads()
+    cost = calibrate(job.model, job.puzzles, job.config, cores)
+    say(f"sample {job.name}: {cost.line(1)}")
+    sampler = Sampler(job.model, job.task, job.config, cores)
+    for block in todo:
+        span = slice(block.start, block.stop)
+        puzzles = Puzzles(job.puzzles.ids[span], job.puzzles.inputs[span], job.puzzles.puzzle[span])
+        rows = sampler.rows(puzzles, job.known[span], block, progress)
+        name, content = packed(block.number, rows)
+        store.put(name, content)
+        store.add(name)
 
 
 def sample_on_ray(
-    model: GRAM,
-    task: Task,
-    config: SampleConfig,
-    puzzles: Puzzles,
-    known: list[set[bytes]],
-    progress: Callable[[int], None],
-) -> pa.Table:
-    """Spread blocks of puzzles over `sample.workers` actors; rows come back in order."""
+    job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
+) -> None:
+    """Finish the blocks on a pool of Ray Data's actors, which grows and shrinks within its
+    bounds. A block whose worker dies is begun again on another. With `apart`, the
+    workers put finished blocks where they belong by themselves."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    from pipelines.cluster import Board, cluster
+    from pipelines.cluster import Board, cluster, has_gpus, worker_cores
 
-    workers = config.workers
-    cores = max(1, threads() // workers)
-    # Several batches a block: the batch stays full while its slots are refilled from the block.
-    block = max(1, min(4 * config.batch // config.width, len(puzzles.ids) // workers))
-    columns = pa.table(
-        {
-            "puzzle_id": puzzles.ids,
-            "inputs": tables.tokens_array(puzzles.inputs.numpy()),
-            "puzzle": puzzles.puzzle.numpy(),
-            "targets": [b"".join(sorted(answers)) for answers in known],
-        }
-    )
-    # Ready-made blocks need no task beside the actors, which may take every core there is.
-    parts = [columns.slice(start, block) for start in range(0, len(columns), block)]
+    config = job.config
+    least, most = config.workers
     with cluster():
+        cores = worker_cores(least, config.cores)
+        gpus = config.num_gpus if config.num_gpus is not None else float(has_gpus())
+        measure = calibrate
+        if gpus and device_name() != "cuda":
+            # This machine is not one of those that will do the work.
+            remote = ray.remote(num_cpus=cores, num_gpus=gpus)(calibrate)
+            measure = lambda *arguments: ray.get(remote.remote(*arguments))  # noqa: E731
+        cost = measure(job.model, job.puzzles, config, cores)
+        say(f"sample {job.name}: {cost.line(most)}")
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
+        # Blocks are wanted as they finish; their order is in their names.
+        context.execution_options.preserve_order = False
         board = Board()
-        rows = ray.data.from_arrow(parts).map_batches(
+        # Ready-made blocks need no task beside the actors, which may take every core there is.
+        blocks = ray.data.from_arrow([job.columns(block) for block in todo])
+        finished = blocks.map_batches(
             Sampler,
-            fn_constructor_args=(model, task, config, cores, board),
-            compute=ActorPoolStrategy(size=workers),
+            fn_constructor_args=(
+                job.model, job.task, config, cores, board, store if apart else None,
+            ),
+            compute=ActorPoolStrategy(
+                min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
+            ),
             num_cpus=cores,
-            num_gpus=1 if device_name() == "cuda" else 0,
+            num_gpus=gpus,
             batch_size=None,
-        )
+        )  # fmt: skip
         try:
-            with board.listening(progress):
-                blocks = ray.get(rows.to_arrow_refs())
+            with board.listening(lambda message: progress(*message)):
+                for row in finished.iter_rows():
+                    if not apart:
+                        store.put(row["name"], row["content"])
+                    store.add(row["name"])
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, GramError):
                 raise cause from None
             raise
-    return _in_order(pa.concat_tables(blocks), puzzles.ids)
-
-
-def _in_order(table: pa.Table, ids: Any) -> pa.Table:
-    """Rows in the order of the puzzles, whatever order their blocks came back in."""
-    place = {puzzle_id: i for i, puzzle_id in enumerate(ids)}
-    order = np.array([place[puzzle_id] for puzzle_id in table["puzzle_id"].to_pylist()])
-    return table.take(pa.array(np.argsort(order, kind="stable")))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import polars as pl
 import torch
@@ -26,16 +26,23 @@ from gram_core.model.store import save_model
 from gram_core.shape import TokenShape
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
-from gram_core.train.checkpoint import Checkpoints
+from gram_core.train.checkpoint import Checkpoints, FolderStore, Store
 from gram_core.train.engine import Engine, PlainEngine, Supervised, compiled
-from gram_core.train.loop import TrainConfig, final_metrics, make_slots, train
+from gram_core.train.loop import TrainConfig, averaged, final_metrics, make_slots, train
 from gram_core.train.objective import ObjectiveConfig, Terms
-from pipelines.dataset import examples, identifiers
-from pipelines.params import MODELS, Run
+from pipelines import storage
+from pipelines.dataset import examples, identifiers, publish, published
+from pipelines.params import MODELS, WORK, Run, load_storage
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say, threads
+from pipelines.storage import StorageConfig
+from pipelines.stores import DriverStore, ObjectStore, kept
 
-WORK = Path(".gram")
+if TYPE_CHECKING:
+    from pipelines.cluster import Board
+
+# Settings of training that say how it is spread, not what comes of it.
+SPREAD = ("engine", "workers", "accumulate", "zero_stage", "cores", "restarts")
 Report = Callable[[dict[str, float]], None]
 
 
@@ -48,6 +55,8 @@ class Job:
     model: ModelConfig
     objective: ObjectiveConfig
     train: TrainConfig
+    # Whose tables in data/ it reads.
+    data: str
     # The groups of puzzles whose variants have learned identifiers.
     identifiers: tuple[str, ...] = ()
 
@@ -65,6 +74,7 @@ class Job:
             run.section("model", ModelConfig),
             run.section("objective", ObjectiveConfig),
             run.section("train", TrainConfig),
+            run.task_name,
         )
         if run.task.identified and not job.model.prefix_tokens:
             raise ConfigError(
@@ -101,87 +111,144 @@ def build_module(job: Job, device: str) -> Supervised:
         prior_rows=job.train.prior_rows(job.model),
         precision=job.train.precision,
     )
+    if job.train.compile and job.train.zero_stage == 3:
+        say("zero_stage 3 fetches weights as they are used: training without torch.compile")
+        return module
     return compiled(module, say) if job.train.compile else module
 
 
-def work(
-    engine: Engine, job: Job, examples: Examples, checkpoints: Checkpoints, report: Report
-) -> Trained:
+def work(engine: Engine, job: Job, examples: Examples, store: Store, report: Report) -> Trained:
     """Train on this worker; every worker returns the same averaged weights."""
+    checkpoints = Checkpoints(store, fingerprint(job, examples))
     slots = make_slots(engine, examples, job.train)
     ema, progress = train(engine, slots, job.train, checkpoints, report)
-    ema.copy_to(engine.model.parameters())
-    weights = {name: t.detach().cpu() for name, t in engine.model.state_dict().items()}
-    return Trained(weights, progress.history)
+    return Trained(averaged(engine, ema), progress.history)
 
 
 def fingerprint(job: Job, examples: Examples) -> str:
     """Identifies all that the result of training depends on, but for code and machine."""
+    settings = {name: dump(getattr(job, name)) for name in ("model", "objective", "train")}
+    for name in SPREAD:
+        del settings["train"][name]
     digest = hashlib.sha256()
-    for part in (job.model, job.objective, job.train, job.task.config):
-        digest.update(json.dumps(dump(part), sort_keys=True).encode())
+    for part in (*settings.values(), dump(job.task.config)):
+        digest.update(json.dumps(part, sort_keys=True).encode())
     for tensor in (examples.inputs, examples.target, examples.puzzle):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
-def train_here(job: Job, examples: Examples, folder: Path, report: Report) -> Trained:
+def checkpoint_store(run: str, place: StorageConfig) -> FolderStore | ObjectStore:
+    """Where the checkpoints of a run lie in the end."""
+    if place.checkpoints:
+        return ObjectStore(storage.join(place.checkpoints, run))
+    return FolderStore(WORK / "checkpoints" / run)
+
+
+def train_here(job: Job, place: StorageConfig, report: Report) -> Trained:
     """Train in this process with torch alone."""
-    torch.set_num_threads(threads())
-    engine = PlainEngine(build_module(job, device_name()), job.train.optim)
-    checkpoints = Checkpoints(folder, fingerprint(job, examples))
-    return work(engine, job, examples, checkpoints, report)
+    torch.set_num_threads(job.train.cores or threads())
+    module = build_module(job, device_name())
+    engine = PlainEngine(module, job.train.optim, job.train.accumulate)
+    rows = examples(job.data, job.task, "train", job.identifiers)
+    return work(engine, job, rows, checkpoint_store(job.name, place), report)
 
 
 def ray_worker(config: dict[str, Any]) -> Trained:
     """What each worker of Ray Train runs."""
+    import ray
+
     from pipelines.engine import DeepSpeedEngine
 
     job: Job = config["job"]
-    torch.set_num_threads(config["threads"])
+    torch.set_num_threads(config["cores"])
     engine = DeepSpeedEngine(build_module(job, device_name()), job.train)
-    checkpoints = Checkpoints(config["folder"], fingerprint(job, config["examples"]))
-    report: Report = config["board"].post if engine.rank == 0 else lambda row: None
-    return work(engine, job, config["examples"], checkpoints, report)
+    board: Board = config["board"]
+    report: Report = board.post if engine.rank == 0 else lambda row: None
+    store: Store = config["store"] or DriverStore(board, ray.get(config["found"]))
+    if isinstance(config["examples"], str):
+        with published(config["examples"]) as folder:
+            rows = examples(job.data, job.task, "train", job.identifiers, folder)
+    else:
+        rows = config["examples"]
+    return work(engine, job, rows, store, report)
 
 
-def train_on_ray(job: Job, examples: Examples, folder: Path, report: Report) -> Trained:
-    """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine."""
-    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
+    """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine. Where a worker dies,
+    all start again from the newest checkpoint, `train.restarts` times."""
+    from ray.exceptions import RayError
+    from ray.train import WorkerGroupError
+
+    from pipelines.cluster import cluster
+
+    rows: Examples | str
+    if place.datasets:
+        rows = publish(job.data, place.datasets)
+    else:
+        rows = examples(job.data, job.task, "train", job.identifiers)
+    store = checkpoint_store(job.name, place)
+    with cluster():
+        for restart in range(job.train.restarts + 1):
+            try:
+                return _fit(job, rows, store, report)
+            except WorkerGroupError as error:
+                failures = list(error.worker_failures.values())
+                known = next((f for f in failures if isinstance(f, GramError)), None)
+                if known is not None:
+                    raise known from None
+                dead = next((f for f in failures if isinstance(f, RayError)), None)
+                if dead is None:
+                    raise
+                if restart == job.train.restarts:
+                    raise GramError(
+                        f"train {job.name}: a worker died, after {restart} restarts: {dead}"
+                    ) from None
+                say(
+                    f"train {job.name}: a worker died; all go on from the newest checkpoint "
+                    f"(restart {restart + 1} of {job.train.restarts})"
+                )
+    raise AssertionError("the last restart returns or raises")
+
+
+def _fit(
+    job: Job, rows: Examples | str, store: FolderStore | ObjectStore, report: Report
+) -> Trained:
+    """One start of the workers, until they are done or one of them is lost."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.cluster import Board, cluster
+    from pipelines.cluster import Board, has_gpus, worker_cores
 
-    workers = job.train.workers
-    per_worker = max(1, threads() // workers)
-    on_gpu = device_name() == "cuda"
-    with cluster():
-        board = Board()
-        trainer = TorchTrainer(
-            ray_worker,
-            train_loop_config={
-                "job": job,
-                "examples": examples,
-                "folder": folder.absolute(),
-                "board": board,
-                "threads": per_worker,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=on_gpu,
-                resources_per_worker={"CPU": per_worker, **({"GPU": 1} if on_gpu else {})},
-            ),
-            run_config=RunConfig(name=job.name, storage_path=str((WORK / "ray").absolute())),
-        )
-        try:
-            with board.listening(report):
-                result = trainer.fit()
-        except WorkerGroupError as error:
-            first = next(iter(error.worker_failures.values()))
-            if isinstance(first, GramError):
-                raise first from None
-            raise
-    trained: Trained = result.return_value
+    board = Board()
+    cores = worker_cores(job.train.workers, job.train.cores)
+    on_gpu = has_gpus()
+    here = isinstance(store, FolderStore)
+
+    def receive(message: Any) -> None:
+        if not (isinstance(store, FolderStore) and kept(message, store)):
+            report(message)
+
+    trainer = TorchTrainer(
+        ray_worker,
+        train_loop_config={
+            "job": job,
+            "examples": rows,
+            "board": board,
+            "cores": cores,
+            "store": None if here else store,
+            "found": ray.put(store.newest() if here else None),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=job.train.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": cores, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(name=job.name, storage_path=str((WORK / "ray").absolute())),
+    )
+    with board.listening(receive):
+        trained: Trained = trainer.fit().return_value
     return trained
 
 
@@ -198,6 +265,8 @@ class Progress:
         return self
 
     def __call__(self, row: dict[str, float]) -> None:
+        if row["step"] <= self.bar.n:
+            return  # told again after a restart
         self.bar.update(int(row["step"]) - self.bar.n)
         shown = {k: row[k] for k in ("reconstruction", "kl", "prior_valid") if k in row}
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
@@ -221,15 +290,14 @@ def train_run(run: Run) -> dict[str, float]:
     attempt was cut off. Returns the final metrics."""
     groups = identifiers(run.task_name, run.task)
     job = replace(Job.of(run), identifiers=tuple(groups))
-    rows = examples(run.task_name, run.task, "train", groups)
-    folder = WORK / "checkpoints" / run.name
+    place = load_storage()
     start = time.monotonic()
     how = train_here if job.train.engine == "plain" else train_on_ray
     with Progress(job, MODELS / run.name / "live") as progress:
-        trained = how(job, rows, folder, progress)
+        trained = how(job, place, progress)
     seconds = time.monotonic() - start
     found = _write(job, trained, seconds)
-    Checkpoints(folder, "").clear()
+    checkpoint_store(run.name, place).clear()
     return found
 
 
@@ -258,7 +326,7 @@ def _write(job: Job, trained: Trained, seconds: float) -> dict[str, float]:
         "identifiers": list(job.identifiers),
         "objective": dump(job.objective),
         "train": dump(job.train),
-        "provenance": provenance(),
+        "provenance": provenance(job.train.seed),
     }
     save_model(folder, model, about)
     return found

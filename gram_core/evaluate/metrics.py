@@ -195,34 +195,39 @@ def metrics(puzzles: pl.DataFrame, depth: int, config: EvaluateConfig) -> dict[s
     return flat
 
 
-def measured(
-    trajectories: pl.DataFrame, names: Sequence[str], config: EvaluateConfig
-) -> dict[str, float]:
-    """A task's own numbers (`names`, columns of the trajectories at one depth): `name` is what one
-    trajectory gives, `name_majority@N` and `name_value@N` what the selected ones do, as means over
-    puzzles with intervals; `..._total` are their sums over the puzzles."""
-    flat: dict[str, float] = {}
+def selected(
+    trajectories: pl.DataFrame, names: Sequence[str], widths: Sequence[int]
+) -> pl.DataFrame:
+    """One row a puzzle of a task's own numbers (`names`, columns of the trajectories at one depth):
+    `name`, its mean over the trajectories, and `name_majority@N` and `name_value@N`, those of the
+    selected ones."""
+    table = trajectories.group_by("puzzle_id").agg(pl.col(name).mean() for name in names)
+    for width in sorted(widths):
+        chosen = (
+            trajectories.filter(pl.col("trajectory") < width)
+            .with_columns(votes=pl.len().over("puzzle_id", "prediction"))
+            .group_by("puzzle_id")
+            .agg(
+                _first(name, keys).alias(f"{name}_{selector}@{width}")
+                for name in names
+                for selector, keys in (("majority", MAJORITY), ("value", VALUE))
+            )
+        )
+        table = table.join(chosen, on="puzzle_id")
+    return table
 
-    def add(key: str, values: pl.Series) -> None:
-        numbers = values.cast(pl.Float64).to_numpy()
+
+def measured(puzzles: pl.DataFrame, config: EvaluateConfig) -> dict[str, float]:
+    """The columns of what `selected` gave, for all puzzles, as means with intervals; `..._total`
+    are their sums over the puzzles."""
+    flat: dict[str, float] = {}
+    table = puzzles.sort("puzzle_id")
+    for key in table.columns[1:]:
+        numbers = table[key].cast(pl.Float64).to_numpy()
         e = ratio(numbers, np.ones(len(numbers)), config.resamples, config.seed)
         label, _, width = key.partition("@")
         flat[key], flat[f"{key}_low"], flat[f"{key}_high"] = e.value, e.low, e.high
         flat[f"{label}_total" + (f"@{width}" if width else "")] = float(numbers.sum())
-
-    for name in names:
-        means = trajectories.group_by("puzzle_id").agg(pl.col(name).mean()).sort("puzzle_id")
-        add(name, means[name])
-        for width in sorted(config.widths):
-            chosen = (
-                trajectories.filter(pl.col("trajectory") < width)
-                .with_columns(votes=pl.len().over("puzzle_id", "prediction"))
-                .group_by("puzzle_id")
-                .agg(majority=_first(name, MAJORITY), value=_first(name, VALUE))
-                .sort("puzzle_id")
-            )
-            for selector in ("majority", "value"):
-                add(f"{name}_{selector}@{width}", chosen[selector])
     return flat
 
 
@@ -235,12 +240,19 @@ def generated(
     flat: dict[str, float] = {}
     for width in sorted(config.widths):
         rows = trajectories.filter((pl.col("trajectory") < width) & pl.col("valid"))
-        answers = [bytes(prediction) for prediction in rows["prediction"].to_list()]
-        distinct = set(answers)
+        distinct = {answer.tobytes() for answer in tokens(rows)}
         if distinct:
-            flat[f"unique@{width}"] = len(distinct) / len(answers)
+            flat[f"unique@{width}"] = len(distinct) / len(rows)
             flat[f"novel@{width}"] = len(distinct - known) / len(distinct)
     return flat
+
+
+def tokens(trajectories: pl.DataFrame) -> np.ndarray:
+    """The predictions as uint8 [R, S]."""
+    column = trajectories["prediction"]
+    if isinstance(column.dtype, pl.Array):
+        return column.to_numpy()
+    return np.array(column.to_list(), dtype=np.uint8)
 
 
 def by_solution_count(

@@ -29,8 +29,12 @@ from gram_core.tasks.batches import Puzzles
 class SampleConfig(Config, frozen=True, kw_only=True):
     """How trajectories are drawn. `depth` is the one that metrics.json reports, `depths` others
     that the same rollout answers for; `temperature` scales the prior's noise (gap G18). A
-    trajectory halts where the halt head's probability is above `halt_threshold`. `workers` are
-    Ray's; 0 samples in the calling process."""
+    trajectory halts where the halt head's probability is above `halt_threshold`.
+
+    How a run is spread does not show in its results: `concurrency` is the number of Ray's workers,
+    0 to sample in the calling process, and `max_concurrency` the number that the pool may grow to;
+    each has `cores` CPU cores (by default, all there are shared out) and `num_gpus` GPUs (1 where
+    there are any)."""
 
     seed: NonNegativeInt = 0
     width: PositiveInt = 20
@@ -42,7 +46,22 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     compaction: bool = True
     temperature: NonNegativeFloat = 1.0
     precision: Precision = "fp32"
-    workers: NonNegativeInt = 1
+    concurrency: NonNegativeInt = 1
+    max_concurrency: PositiveInt | None = None
+    cores: PositiveInt | None = None
+    num_gpus: NonNegativeFloat | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_concurrency is not None and self.max_concurrency < max(1, self.concurrency):
+            raise ValueError(
+                f"max_concurrency {self.max_concurrency} must be at least concurrency "
+                f"{self.concurrency}, and that at least 1"
+            )
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The least and the most workers."""
+        return self.concurrency, self.max_concurrency or self.concurrency
 
     @property
     def all_depths(self) -> tuple[int, ...]:

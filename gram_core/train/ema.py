@@ -3,21 +3,22 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, after every optimiser step.
 
     With `warmup`, the decay at step t is at most (1 + t) / (10 + t), so that a run shorter than
-    1 / (1 - decay) steps is not an average of its initial weights (gap G20).
+    1 / (1 - decay) steps is not an average of its initial weights (gap G20). `weights` are read in
+    place: all of them, or the shards that a worker holds.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, warmup: bool) -> None:
+    def __init__(self, weights: Iterable[Tensor], decay: float, warmup: bool) -> None:
         self.decay = decay
         self.warmup = warmup
         self.steps = 0
-        self.source = list(parameters)
+        self.source = list(weights)
         self.average = [p.detach().clone().float() for p in self.source]
 
     def decay_now(self) -> float:
@@ -31,13 +32,3 @@ class EMA:
         sources = [p.detach().float() for p in self.source]
         torch._foreach_lerp_(self.average, sources, 1.0 - self.decay_now())
         self.steps += 1
-
-    @torch.no_grad()
-    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Write the average into `parameters`, in the order of construction."""
-        for target, value in zip(parameters, self.average, strict=True):
-            target.copy_(value)
-
-    def tensors(self) -> list[Tensor]:
-        """The averaged weights themselves, to be saved and loaded in place."""
-        return self.average

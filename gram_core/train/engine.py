@@ -5,13 +5,11 @@ The loop knows only `Engine`. `PlainEngine` needs torch alone; the one over Deep
 """
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gram_core.model.gram import GRAM
@@ -47,17 +45,19 @@ class Supervised(nn.Module):
 
 
 class Engine(Protocol):
-    """One worker's view of training."""
+    """One worker's view of training. What it says of weights and moments is of the whole model,
+    however many workers hold it and however they share it."""
 
     model: GRAM
     rank: int
     world: int
 
     def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
-        """One supervision step of this worker's slots."""
+        """One supervision step of some of this worker's slots."""
 
     def step(self, loss: Float[Tensor, ""], lr: float) -> None:
-        """Gradients of `loss`, averaged over workers and clipped, and one optimiser step."""
+        """The gradient of `loss`, and with the last part of an iteration the optimiser's step:
+        gradients averaged over parts and workers, clipped."""
 
     def total(self, terms: Float[Tensor, "M 2"]) -> Float[Tensor, "M 2"]:
         """Sums and counts over all workers."""
@@ -68,11 +68,28 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait for all workers."""
 
-    def save(self, folder: Path) -> None:
-        """Weights and optimiser into an existing folder."""
+    def held(self) -> list[Tensor]:
+        """The parameters' values that this worker holds, in the parameters' order: all of each, or
+        a shard of it. They change in place as training goes on."""
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, in place."""
+    def whole(self, held: Sequence[Tensor]) -> list[Tensor]:
+        """Whole tensors from what the workers hold of each; every worker calls this."""
+
+    def shares(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        """What this worker holds of whole tensors: the inverse of `whole`."""
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's state by `kind.parameter`; every worker calls this."""
+
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Restore the model's state dict and what `moments` gave."""
+
+
+def state_with(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The model's state dict with these values of its parameters, on the CPU."""
+    names = [name for name, _ in model.named_parameters()]
+    state = {**model.state_dict(), **dict(zip(names, parameters, strict=True))}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def compiled(module: Supervised, say: Callable[[str], None]) -> Supervised:
@@ -86,27 +103,59 @@ def compiled(module: Supervised, say: Callable[[str], None]) -> Supervised:
     return module
 
 
+def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser over the model's own parameters, by `kind.parameter`."""
+    return {
+        f"{kind}.{name}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_adam_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    """Restore what `adam_moments` gave. Raises `KeyError` for a parameter the model has not."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in moments.items():
+        kind, name = key.split(".", 1)
+        parameter = parameters[name]
+        if kind != "step" and value.shape != parameter.shape:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}")
+        place = (
+            torch.device("cpu") if kind == "step" and not parameter.is_cuda else parameter.device
+        )
+        optimizer.state[parameter][kind] = value.clone().to(place)
+
+
 class PlainEngine:
-    """One process, torch alone."""
+    """One process, torch alone; `parts` losses make an optimiser step."""
 
     rank = 0
     world = 1
 
-    def __init__(self, module: Supervised, config: OptimConfig) -> None:
+    def __init__(self, module: Supervised, config: OptimConfig, parts: int = 1) -> None:
         self.module = module
         self.model = module.model
         self.clip = config.clip
+        self.parts = parts
         self.optimizer = make_optimizer(module.model, config)
+        self._done = 0
 
     def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
         result: Supervision = self.module(batch, noise)
         return result
 
     def step(self, loss: Float[Tensor, ""], lr: float) -> None:
+        if self._done == 0:
+            self.optimizer.zero_grad()
+        torch.autograd.backward(loss if self.parts == 1 else loss / self.parts)
+        self._done = (self._done + 1) % self.parts
+        if self._done:
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -120,22 +169,19 @@ class PlainEngine:
     def barrier(self) -> None:
         return
 
-    def save(self, folder: Path) -> None:
-        # The state holds z_0 too, which is drawn anew with every model.
-        weights = {name: t.detach().contiguous() for name, t in self.model.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
-        moments = {
-            f"{index}.{name}": torch.as_tensor(value)
-            for index, state in self.optimizer.state_dict()["state"].items()
-            for name, value in state.items()
-        }
-        save_file(moments, folder / "optimizer.safetensors")
+    def held(self) -> list[Tensor]:
+        return [parameter.data for parameter in self.model.parameters()]
 
-    def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_file(folder / "weights.safetensors"))
-        saved = self.optimizer.state_dict()
-        saved["state"] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            index, name = key.split(".", 1)
-            saved["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(saved)
+    def whole(self, held: Sequence[Tensor]) -> list[Tensor]:
+        return list(held)
+
+    def shares(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        return list(whole)
+
+    def moments(self) -> dict[str, Tensor]:
+        return adam_moments(self.model, self.optimizer)
+
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        # The state holds z_0 too, which is drawn anew with every model.
+        self.model.load_state_dict(weights)
+        load_adam_moments(self.model, self.optimizer, moments)

@@ -38,17 +38,16 @@ class IdentifierOptimizer:
     def step(
         self,
         puzzle: Int[Tensor, " B"],
-        leaf: Float[Tensor, "B D"],
+        gradient: Float[Tensor, "B D"],
         workers: Workers,
         lr: float,
     ) -> None:
-        """One step on the identifiers of `puzzle`; `lr` is AdamW's present rate, whose schedule
-        the identifiers' own rate follows."""
-        own = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        """One step on the identifiers of `puzzle`, given the gradient of their leaves; `lr` is
+        AdamW's present rate, whose schedule the identifiers' own rate follows."""
         touched, place = torch.unique(workers.gather(puzzle), return_inverse=True)
-        gradient = torch.zeros(len(touched), leaf.shape[1], device=leaf.device)
-        gradient.index_add_(0, place, workers.gather(own))
+        summed = torch.zeros(len(touched), gradient.shape[1], device=gradient.device)
+        summed.index_add_(0, place, workers.gather(gradient))
         rate = lr * self.config.identifier_lr / self.config.lr
         touched = touched.long()
         kept = self.table[touched] * (1.0 - rate * self.config.identifier_decay)
-        self.table[touched] = kept - rate * gradient.sign()
+        self.table[touched] = kept - rate * summed.sign()

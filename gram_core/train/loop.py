@@ -7,8 +7,9 @@ files' formats; tests drive it with `PlainEngine`.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 
 from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
@@ -19,18 +20,22 @@ from gram_core.precision import Precision
 from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import Checkpoints, Progress
 from gram_core.train.ema import EMA
-from gram_core.train.engine import Engine
+from gram_core.train.engine import Engine, state_with
 from gram_core.train.identifiers import IdentifierOptimizer
 from gram_core.train.objective import Terms
 from gram_core.train.optim import OptimConfig, learning_rate
-from gram_core.train.slots import Reading, Slots
+from gram_core.train.slots import Share, Slots
 
 
 class TrainConfig(Config, frozen=True, kw_only=True):
     """Training. `batch` is the number of slots over all workers; `prior_slots` the share of them
-    that follows the prior throughout. beta grows from `kl_from` times its value to the whole of it
-    over `kl_warmup` iterations. `ema_warmup`, `halting` and `exploration` settle the gaps G20 and
-    G7."""
+    that follows the prior throughout. Each of `workers` takes its slots in `accumulate` parts, one
+    after the other, before an optimiser step; `zero_stage` says what DeepSpeed shards over the
+    workers (1 the optimiser, 2 gradients too, 3 weights too). None of the three changes the result
+    but for rounding. `cores` are the CPU cores of a worker (by default, all there are shared
+    out), `restarts` how many dead workers a run survives. beta grows from `kl_from` times its value
+    to the whole of it over `kl_warmup` iterations. `ema_warmup`, `halting` and `exploration` settle
+    the gaps G20 and G7."""
 
     steps: PositiveInt = 28_100
     batch: PositiveInt = 768
@@ -49,10 +54,17 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     checkpoint_every: PositiveInt = 500
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     workers: PositiveInt = 1
+    accumulate: PositiveInt = 1
+    zero_stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    cores: PositiveInt | None = None
+    restarts: NonNegativeInt = 3
 
     def __post_init__(self) -> None:
-        if self.batch % self.workers:
-            raise ValueError(f"batch {self.batch} must be a multiple of workers {self.workers}")
+        if self.batch % self.parts:
+            raise ValueError(
+                f"batch {self.batch} must be a multiple of workers {self.workers} times "
+                f"accumulate {self.accumulate}"
+            )
         if self.checkpoint_every % self.log_every:
             raise ValueError(
                 f"checkpoint_every {self.checkpoint_every} must be a multiple of "
@@ -60,12 +72,19 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             )
         if self.engine == "plain" and self.workers > 1:
             raise ValueError("engine: plain is one process; use workers: 1, or engine: deepspeed")
+        if self.engine == "plain" and self.zero_stage:
+            raise ValueError("engine: plain shards nothing; use zero_stage 0, or engine: deepspeed")
         if self.prior_slots == 1:
             raise ValueError("prior_slots 1 leaves no slot to train on; use a share below 1")
 
+    @property
+    def parts(self) -> int:
+        """Batches that an optimiser step is made of, over all workers."""
+        return self.workers * self.accumulate
+
     def prior_rows(self, model: ModelConfig) -> int:
-        """P: slots of one worker that follow the prior throughout."""
-        slots = self.batch // self.workers
+        """P: slots of one part that follow the prior throughout."""
+        slots = self.batch // self.parts
         if model.guidance == "none" or self.prior_slots == 0:
             return 0
         return min(slots - 1, max(1, round(self.prior_slots * slots)))
@@ -91,11 +110,13 @@ def make_slots(engine: Engine, examples: Examples, config: TrainConfig) -> Slots
     return Slots(
         engine.model,
         examples,
-        config.batch // config.workers,
+        config.batch,
         supervision_steps(engine.model.config),
-        Reading(config.seed, engine.rank, engine.world),
+        config.seed,
+        Share(engine.rank, engine.world, config.accumulate),
         halting=config.halting,
         exploration=config.exploration,
+        gather=engine.gather,
     )
 
 
@@ -114,30 +135,36 @@ def train(
     longer finite.
     """
     model = engine.model
-    ema = EMA(model.parameters(), config.ema, config.ema_warmup)
+    ema = EMA(engine.held(), config.ema, config.ema_warmup)
     progress = checkpoints.resume(engine, slots, ema) if checkpoints else Progress()
     for row in progress.history:
         report(row)
-    shape = (transitions(model.config), len(slots), model.length, model.config.dim)
+    shape = (transitions(model.config), model.length, model.config.dim)
     device = model.z0_h.device
     table = None if model.puzzle is None or model.shape.puzzles == 1 else model.puzzle.weight
     identifiers = None if table is None else IdentifierOptimizer(table, config.optim)
     window = torch.zeros(len(Terms.names), 2, device=device)
     while progress.iteration < config.steps:
         slots.refill()
-        noise = training_noise(config.seed, progress.iteration, engine.rank, shape).to(device)
         share = torch.tensor(kl_share(config, progress.iteration), device=device)
-        batch = replace(slots.batch(), kl_share=share)
-        if identifiers is not None:
-            batch = replace(batch, identity=identifiers.leaf(batch.puzzle))
-        result = engine.forward(batch, noise)
         rate = learning_rate(config.optim, progress.iteration, config.steps)
-        engine.step(result.loss, rate)
-        if identifiers is not None and batch.identity is not None:
-            identifiers.step(batch.puzzle, batch.identity, engine, rate)
+        results, moved = [], []
+        for part in range(config.accumulate):
+            batch = replace(slots.batch(part), kl_share=share)
+            if identifiers is not None:
+                batch = replace(batch, identity=identifiers.leaf(batch.puzzle))
+            numbers = slots.mine[slots.part(part)].tolist()
+            noise = training_noise(config.seed, progress.iteration, numbers, shape).to(device)
+            result = engine.forward(batch, noise)
+            engine.step(result.loss, rate)
+            window += result.terms
+            results.append(result)
+            if batch.identity is not None:
+                moved.append(_gradient(batch.identity))
+        if identifiers is not None:
+            identifiers.step(slots.puzzle, torch.cat(moved), engine, rate)
         ema.update()
-        slots.absorb(result)
-        window += result.terms
+        slots.absorb(results)
         progress.iteration += 1
         done = progress.iteration
         if done % config.log_every == 0 or done == config.steps:
@@ -153,6 +180,15 @@ def train(
         if checkpoints and done % config.checkpoint_every == 0 and done < config.steps:
             checkpoints.save(engine, slots, ema, progress)
     return ema, progress
+
+
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def averaged(engine: Engine, ema: EMA) -> dict[str, torch.Tensor]:
+    """The model's state dict with the averaged weights; every worker calls this."""
+    return state_with(engine.model, engine.whole(ema.average))
 
 
 def kl_share(config: TrainConfig, iteration: int) -> float:

@@ -205,15 +205,20 @@ def _head_losses(
     seen = (steps <= step[:, None]).float()
     r = quality[config.value_target]
     value = ((model.value(trace) - r[:, None]).square() * seen).sum(1) / seen.sum(1)
-    loss = loss + config.value_weight * terms.mean("value_loss", value, ends)
+    # A value is learned when its trajectory ends: the sum over those that do, divided by the number
+    # that ends on average. A mean over those that end would weigh a slot by how many others of its
+    # batch end too, and so by which worker holds it.
+    ending = ends.float()
+    usual = len(ending) / size
+    terms.mean("value_loss", value, ends)
+    loss = loss + config.value_weight * (value * ending).sum() / usual
     if model.config.halting == "q_learning" and size > 1:
         # q_continue(s) learns max(q_halt, q_continue) of step s + 1, known once the slot ends.
         best_next = torch.sigmoid(q_trace[:, 1:].detach()).amax(-1)
         has_next = (steps[:-1] < step[:, None]).float()
         bce = F.binary_cross_entropy_with_logits(q_trace[:, :-1, 1], best_next, reduction="none")
         per_example = (bce * has_next).sum(1) / has_next.sum(1).clamp(min=1.0)
-        count = ends.float()
-        loss = loss + config.halt_weight * (per_example * count).sum() / count.sum().clamp(min=1.0)
+        loss = loss + config.halt_weight * (per_example * ending).sum() / usual
     return loss
 
 

@@ -4,9 +4,14 @@ An iteration of training is one supervision step of every slot and one optimiser
 whose trajectory has halted, or has done N_sup supervision steps, takes a fresh example and starts
 at z_0 (HRM's and TRM's carry). Everything here is part of the checkpoint.
 
-Shapes: B slots, S content positions, L all positions, D width, N supervision steps.
+Slots are numbered over the whole run, and what a slot reads depends on its number alone: however
+many workers and parts share the slots, training is the same. Every worker keeps the books of all
+slots, a few integers each, and the states of its own.
+
+Shapes: B slots of one worker, S content positions, L all positions, D width, N supervision steps.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,20 +25,30 @@ from gram_core.train.objective import Batch, Supervision
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Which share of the order of examples a worker reads."""
+class Share:
+    """Which of a run's slots a worker holds: those of worker `rank` of `world`, in `parts` batches
+    one after the other (gradient accumulation)."""
 
-    seed: int
     rank: int = 0
     world: int = 1
+    parts: int = 1
+
+    def numbers(self, count: int) -> np.ndarray:
+        """The numbers of this worker's slots among `count`, part by part. Part q of all G takes
+        q, q + G, q + 2G ...: each holds the same share of the slots that follow the prior, which
+        are the first ones, and of every depth."""
+        parts = self.world * self.parts
+        first = self.rank * self.parts
+        return np.arange(count).reshape(-1, parts).T[first : first + self.parts].reshape(-1)
 
 
 class Slots:
-    """B trajectories in progress, over the examples of one worker.
+    """`count` trajectories in progress, of which this worker holds its `share`.
 
     `steps` is the number of supervision steps of a whole trajectory. With `halting`, a trajectory
     whose halt head says so ends early, except that with probability `exploration` it must first
-    do a random number of steps in 2..N_sup (gap G7).
+    do a random number of steps in 2..N_sup (gap G7). `gather` brings the workers' tensors
+    together, one behind the other.
     """
 
     def __init__(
@@ -42,19 +57,25 @@ class Slots:
         examples: Examples,
         count: int,
         steps: int,
-        reading: Reading,
+        seed: int,
+        share: Share = Share(),
         *,
         halting: bool = False,
         exploration: float = 0.1,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.model = model
         self.examples = examples
-        self.reading = reading
+        self.seed = seed
+        self.share = share
         self.halting = halting
         self.exploration = exploration
+        self.gather = gather
         self.steps = steps
-        self.order = Order(len(examples), reading.seed)
+        self.order = Order(len(examples), seed)
         self.device = model.z0_h.device
+        self.mine = share.numbers(count)
+        # Of all slots.
         self.position = 0
         self.row = np.zeros(count, dtype=np.int64)
         self.step = np.zeros(count, dtype=np.int64)
@@ -63,77 +84,104 @@ class Slots:
         # iterations and every batch holds all depths.
         self.limit = 1 + np.arange(count, dtype=np.int64) % steps
         self.ended = np.ones(count, dtype=bool)
-        zero = model.initial_state(count)
+        # Of this worker's.
+        own = len(self.mine)
+        zero = model.initial_state(own)
         self.state = State(zero.h.clone(), zero.l.clone())
-        self.trace = torch.zeros(count, steps, model.config.dim, device=self.device)
-        shape = (count, examples.inputs.shape[1])
-        self.inputs = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self.trace = torch.zeros(own, steps, model.config.dim, device=self.device)
+        self.inputs = torch.zeros(
+            (own, examples.inputs.shape[1]), dtype=torch.uint8, device=self.device
+        )
         self.target = torch.zeros_like(self.inputs)
-        self.puzzle = torch.zeros(count, dtype=torch.int32, device=self.device)
+        self.puzzle = torch.zeros(own, dtype=torch.int32, device=self.device)
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(self.mine)
 
     def refill(self) -> None:
         """Give every ended slot its next example and z_0."""
         slots = np.flatnonzero(self.ended)
-        if not len(slots):
+        count = len(slots)
+        if not count:
             return
-        count, world = len(slots), self.reading.world
         fresh = self.position == 0
-        places = self.order.take(self.position * world, count * world)[self.reading.rank :: world]
+        self.row[slots] = self.order.take(self.position, count)
         self.position += count
-        self.row[slots] = places
         self.step[slots] = 0
         if not fresh:
             self.limit[slots] = self.steps
         if self.halting and self.steps > 1:
-            draw = np.random.default_rng((self.reading.seed, 1, self.reading.rank, self.position))
+            draw = np.random.default_rng((self.seed, 1, self.position))
             explore = draw.random(count) < self.exploration
             floors = draw.integers(2, self.steps + 1, count)
             self.floor[slots] = np.where(explore, floors, 1)
-        index = torch.from_numpy(slots).to(self.device)
-        examples = self.examples.take(places)
-        zero = self.model.initial_state(count)
+        own = np.flatnonzero(self.ended[self.mine])
+        self.ended[:] = False
+        if not len(own):
+            return
+        index = torch.from_numpy(own).to(self.device)
+        examples = self.examples.take(self.row[self.mine[own]])
+        zero = self.model.initial_state(len(own))
         self.state.h[index], self.state.l[index] = zero.h, zero.l
         self.trace[index] = 0.0
         self.inputs[index] = examples.inputs.to(self.device)
         self.target[index] = examples.target.to(self.device)
         self.puzzle[index] = examples.puzzle.to(self.device)
-        self.ended[:] = False
 
-    def batch(self) -> Batch:
-        """The slots as the objective takes them."""
+    def part(self, number: int) -> slice:
+        """This worker's slots that part `number` of its share takes."""
+        size = len(self) // self.share.parts
+        return slice(number * size, (number + 1) * size)
+
+    def batch(self, number: int = 0) -> Batch:
+        """The slots of one part as the objective takes them."""
+        own = self.part(number)
+        slots = self.mine[own]
+        step = self.step[slots]
+        may_halt = (step + 1 >= self.floor[slots]) & self.halting
+
+        def onto(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
         return Batch(
-            state=self.state,
-            inputs=self.inputs,
-            target=self.target,
-            puzzle=self.puzzle,
-            step=torch.from_numpy(self.step).to(self.device, non_blocking=True),
-            last=torch.from_numpy(self.step + 1 >= self.limit).to(self.device, non_blocking=True),
-            may_halt=torch.from_numpy(self._may_halt()).to(self.device, non_blocking=True),
-            trace=self.trace,
+            state=State(self.state.h[own], self.state.l[own]),
+            inputs=self.inputs[own],
+            target=self.target[own],
+            puzzle=self.puzzle[own],
+            step=onto(step),
+            last=onto(step + 1 >= self.limit[slots]),
+            may_halt=onto(may_halt),
+            trace=self.trace[own],
         )
 
-    def _may_halt(self) -> np.ndarray:
-        """Where the halt head may end the trajectory with the coming supervision step."""
-        allowed: np.ndarray = (self.step + 1 >= self.floor) & self.halting
-        return allowed
-
-    def absorb(self, result: Supervision) -> None:
-        """Take over the state after a supervision step and mark the slots that ended."""
-        self.state = State(result.state.h.clone(), result.state.l.clone())
-        self.trace = result.trace.clone()
+    def absorb(self, results: Sequence[Supervision]) -> None:
+        """Take over the states after a supervision step of every part, and mark the slots that
+        ended."""
+        self.state = State(
+            torch.cat([result.state.h for result in results]),
+            torch.cat([result.state.l for result in results]),
+        )
+        self.trace = torch.cat([result.trace for result in results])
         self.step += 1
-        # Without halting the steps say it, and nothing waits for the device.
-        self.ended = result.ended.cpu().numpy() if self.halting else self.step >= self.limit
+        if self.halting:
+            ended = torch.cat([result.ended for result in results]).to(torch.uint8)
+            self.ended = self._of_all(ended).cpu().numpy().astype(bool)
+        else:
+            # The steps say it, and nothing waits for the device.
+            self.ended = self.step >= self.limit
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        """The workers' slots in the order of their numbers."""
+        together = self.gather(own)
+        parts = self.share.world * self.share.parts
+        return together.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as tensors."""
+        """Everything that a resumed run needs, of all slots of the run; every worker calls this."""
         return {
-            "h": self.state.h,
-            "l": self.state.l,
-            "trace": self.trace,
+            "h": self._of_all(self.state.h),
+            "l": self._of_all(self.state.l),
+            "trace": self._of_all(self.trace),
             "row": torch.from_numpy(self.row),
             "step": torch.from_numpy(self.step),
             "floor": torch.from_numpy(self.floor),
@@ -143,14 +191,16 @@ class Slots:
         }
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave; the examples themselves are read again by row."""
-        self.state = State(saved["h"].to(self.device), saved["l"].to(self.device))
-        self.trace = saved["trace"].to(self.device)
+        """Restore what `state_dict` gave, whoever shared the slots then; the examples themselves
+        are read again by row."""
+        mine = torch.from_numpy(self.mine)
+        self.state = State(saved["h"][mine].to(self.device), saved["l"][mine].to(self.device))
+        self.trace = saved["trace"][mine].to(self.device)
         self.row, self.step, self.floor, self.limit, self.ended = (
             saved[name].numpy().copy() for name in ("row", "step", "floor", "limit", "ended")
         )
         self.position = int(saved["position"])
-        examples = self.examples.take(self.row)
+        examples = self.examples.take(self.row[self.mine])
         self.inputs = examples.inputs.to(self.device)
         self.target = examples.target.to(self.device)
         self.puzzle = examples.puzzle.to(self.device)

@@ -14,9 +14,10 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gram_core.files import write_atomic
-from pipelines.report import boards, figures, gallery, results, series, summary
+from pipelines.report import boards, figures, gallery, results, series, summary, sweeps
 from pipelines.report.inputs import ReportError, RunInputs, TaskInputs, read_run, read_task
 from pipelines.report.layout import Figure
+from pipelines.report.sweep_section import Section, section
 
 __all__ = ["ReportError", "build"]
 
@@ -29,7 +30,8 @@ def build(
     out: Path,
     tasks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write `out/index.html` and `out/tables/*.csv` from the files of `runs` under `root`.
+    """Write `out/index.html` and `out/tables/*.csv` from the files of `runs` under `root`,
+    and from the sweeps found there.
 
     `runs` and `tasks` are the mappings of that name in params.yaml; where `tasks` is left out, a
     task's settings are taken from what its tables say made them. Raises `ReportError` where a
@@ -43,6 +45,7 @@ def build(
     read = [read_run(root, name, settings) for name, settings in runs.items()]
     names = list(dict.fromkeys(run.task for run in read))
     read_tasks = [read_task(root, name, (tasks or {}).get(name, {})) for name in names]
+    searched = sweeps.read_sweeps(root)
     by_task = [(task, [run for run in read if run.task == task.name]) for task in read_tasks]
     shown = [(task, gallery.gallery(task, its)) for task, its in by_task if task.conditional]
     samples = [(task, gallery.samples(its)) for task, its in by_task if not task.conditional]
@@ -59,6 +62,7 @@ def build(
         figures=_figures(frames, by_task, [run.name for run in read]),
         galleries=[(task, puzzles, boards.renderer(task.settings)) for task, puzzles in shown],
         samples=[(task, its, boards.renderer(task.settings)) for task, its in samples],
+        sweeps=[section(sweep) for sweep in searched],
     )
     csv = {
         "results": series.results(read),
@@ -69,6 +73,7 @@ def build(
             [gallery.gallery_table(p, task.name) for task, p in shown]
             + [gallery.samples_table(its, task.name) for task, its in samples]
         ),
+        "sweeps": sweeps.frame(searched),
     }
     for name, frame in csv.items():
         write_atomic(out / "tables" / f"{name}.csv", frame.write_csv().encode())
@@ -114,6 +119,7 @@ def _render(
     figures: Mapping[str, Any],
     galleries: Sequence[Any],
     samples: Sequence[Any],
+    sweeps: Sequence[Section],
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -147,6 +153,7 @@ def _render(
         figures=figures,
         galleries=galleries,
         samples=samples,
+        sweeps=sweeps,
         style=(TEMPLATES / "style.css").read_text(),
         script=(TEMPLATES / "page.js").read_text(),
         vega=_vega_bundle(),

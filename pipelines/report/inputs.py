@@ -114,7 +114,7 @@ def read_run(root: Path, name: str, settings: Mapping[str, Any]) -> RunInputs:
         evaluate = load(EvaluateConfig, settings.get("evaluate", {}), f"{where}.evaluate")
     except ConfigError as error:
         raise ReportError(str(error)) from None
-    trajectories = _table(results / "trajectories.parquet", "trajectories")
+    trajectories = read_table(results / "trajectories.parquet", "trajectories")
     made = tables.provenance(trajectories)
     run = RunInputs(
         name=name,
@@ -125,7 +125,7 @@ def read_run(root: Path, name: str, settings: Mapping[str, Any]) -> RunInputs:
         history=_history(models / "history.csv", f"train@{name}"),
         metrics=_json(results / "metrics.json", f"evaluate@{name}"),
         metrics_path=results / "metrics.json",
-        puzzles=_frame(_table(results / "puzzles.parquet", "puzzles")),
+        puzzles=_frame(read_table(results / "puzzles.parquet", "puzzles")),
         trajectories=_frame(trajectories),
         revision=str(made.get("revision", "")),
         depth=sample.depth,
@@ -143,7 +143,7 @@ def read_task(root: Path, name: str, settings: Mapping[str, Any]) -> TaskInputs:
     """The test set of the task `name`. Where `settings` is empty, they are what the test
     table says made it."""
     folder = root / "data" / name
-    test = _table(folder / "test.parquet", "dataset")
+    test = read_table(folder / "test.parquet", "dataset")
     metadata = _json(folder / "raw" / "metadata.json", f"generate@{name}")
     made = tables.provenance(test)
     recorded = settings or made.get("task")
@@ -185,7 +185,8 @@ def _history(path: Path, stage: str) -> pl.DataFrame:
     return frame
 
 
-def _table(path: Path, kind: str) -> pa.Table:
+def read_table(path: Path, kind: str) -> pa.Table:
+    """The table `kind` at `path`. Raises `ReportError` where it is missing or damaged."""
     try:
         return tables.read(path, kind)
     except tables.TableError as error:

@@ -8,6 +8,7 @@ from typing import Any
 Spec = dict[str, Any]
 DASHES: tuple[list[float], ...] = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 PALETTE = 6
+SHADES = 5
 REFERENCES: dict[str, list[float]] = {
     "ideal uniform sampler": [5, 3],
     "perfect deterministic solver": [1.5, 3],
@@ -46,3 +47,8 @@ def colour(number: int) -> str:
 def dash(number: int) -> list[float]:
     """The dash of the page's run `number`: colour is never the only difference."""
     return list(DASHES[number % len(DASHES)])
+
+
+def shade(level: int) -> str:
+    """The colour of a level of a sequential scale, 0 (weak) to `SHADES` - 1 (strong)."""
+    return f"var(--shade-{level})"

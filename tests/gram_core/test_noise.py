@@ -66,23 +66,34 @@ def test_a_step_missing_for_a_row_is_an_error():
         batch_noise([trajectory_key(0, "a", 0)] * 2, [0], SHAPE)
 
 
-def test_training_noise_is_pure_and_differs_by_seed_iteration_and_rank():
-    first = training_noise(0, 0, 0, (50,))
+def test_training_noise_is_pure_and_differs_by_seed_iteration_and_slot():
+    first = training_noise(0, 0, [0, 3], SHAPE)
+    assert first.shape == (2, 2, 3, 4)
     torch.manual_seed(123)
-    assert torch.equal(first, training_noise(0, 0, 0, (50,)))
-    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        assert not (first == training_noise(*other, (50,))).any()
+    assert torch.equal(first, training_noise(0, 0, [0, 3], SHAPE))
+    for other in ((1, 0, [0]), (0, 1, [0]), (0, 0, [3])):
+        assert not (first[:, :1] == training_noise(*other, SHAPE)).any()
+
+
+def test_training_noise_of_a_slot_has_no_neighbours():
+    together = training_noise(0, 5, [2, 0, 7], SHAPE)
+    for place, slot in enumerate([2, 0, 7]):
+        assert torch.equal(together[:, place : place + 1], training_noise(0, 5, [slot], SHAPE))
 
 
 def test_training_noise_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    training_noise(0, 0, 0, (10,))
+    training_noise(0, 0, [0], SHAPE)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_training_noise_is_standard_normal():
-    x = training_noise(0, 3, 1, (200_000,)).double()
+    x = training_noise(0, 3, range(100), (2, 10, 100)).double()
     assert abs(float(x.mean())) < 5 / math.sqrt(200_000)
     assert abs(float(x.var()) - 1) < 5 * math.sqrt(2 / 200_000)
+    # And independent from slot to slot.
+    ones = x.transpose(0, 1).flatten(1)
+    cross = (ones[:-1] * ones[1:]).mean()
+    assert abs(float(cross)) < 5 / math.sqrt(99 * 2000)

@@ -46,8 +46,8 @@ def test_batch_and_compaction_do_not_show(whole: Path) -> None:
 @pytest.mark.ray
 def test_workers_do_not_show(whole: Path) -> None:
     here = sampled()
-    one = sampled(workers=1)
-    two = sampled(workers=2)
+    one = sampled(concurrency=1)
+    two = sampled(concurrency=2)
     for other in (one, two):
         assert other.drop("value").equals(here.drop("value"))
         assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
@@ -137,5 +137,5 @@ def test_flat_recursion_without_deep_supervision_runs_through(data: Path) -> Non
 def test_a_cluster_that_is_not_there_is_named(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(GramError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 ") as caught:
-        sampled(workers=1)
+        sampled(concurrency=1)
     assert "\n" not in str(caught.value)

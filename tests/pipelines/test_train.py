@@ -123,8 +123,8 @@ def test_damaged_checkpoint_is_named_across_ray(data: Path) -> None:
     write_params(params(runs__tiny__train__engine="deepspeed", runs__tiny__train__steps=400))
     kill_after_first_checkpoint("tiny")
     (newest,) = sorted(Path(".gram/checkpoints/tiny").glob("step-*"))[-1:]
-    for path in newest.rglob("*model_states*"):
-        path.write_bytes(path.read_bytes()[:100])
+    path = newest / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(GramError, match="damaged checkpoint") as caught:
         train_run(load_run("tiny"))
     assert "\n" not in str(caught.value)
@@ -147,11 +147,16 @@ def test_deepspeed_config_follows_the_settings(folder: Path) -> None:
         params(
             runs__tiny__train__engine="deepspeed",
             runs__tiny__train__workers=2,
+            runs__tiny__train__accumulate=2,
+            runs__tiny__train__zero_stage=2,
             runs__tiny__train__optim__clip=0.5,
         )
     )
-    config = deepspeed_config(Job.of(load_run("tiny")).train)
+    config = deepspeed_config(Job.of(load_run("tiny")).train, "bf16")
     assert config["train_batch_size"] == 8
-    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 2
     assert config["gradient_clipping"] == 0.5
-    assert config["zero_optimization"] == {"stage": 0}
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["torch_autocast"]["enabled"]
+    assert not deepspeed_config(Job.of(load_run("tiny")).train, "fp32")["torch_autocast"]["enabled"]

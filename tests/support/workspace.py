@@ -39,7 +39,7 @@ PARAMS: dict[str, Any] = {
                 "compile": False, "engine": "plain",
                 "optim": {"lr": 2.0e-3, "weight_decay": 0.1, "warmup": 2, "schedule": "cosine"},
             },
-            "sample": {"width": 3, "depth": 2, "depths": [1, 3], "batch": 16, "workers": 0},
+            "sample": {"width": 3, "depth": 2, "depths": [1, 3], "batch": 16, "concurrency": 0},
             "evaluate": {"widths": [1, 3], "resamples": 100},
         }
     },

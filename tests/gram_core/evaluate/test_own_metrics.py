@@ -8,6 +8,7 @@ from gram_core.evaluate.metrics import (
     generated,
     measured,
     puzzle_table,
+    selected,
     summarise,
     wilson,
 )
@@ -27,7 +28,7 @@ ROWS = pl.DataFrame(
 
 
 def test_own_numbers_of_one_trajectory_and_of_the_selected_ones() -> None:
-    found = measured(ROWS, ["conflicts"], EvaluateConfig(widths=(1, 3)))
+    found = measured(selected(ROWS, ["conflicts"], (1, 3)), EvaluateConfig())
     assert found["conflicts"] == pytest.approx((5 / 3 + 2) / 2)
     assert found["conflicts_total"] == pytest.approx(5 / 3 + 2)
     # Majority of a: the answer 2 2; of b: three answers, so the earliest.
@@ -36,7 +37,7 @@ def test_own_numbers_of_one_trajectory_and_of_the_selected_ones() -> None:
     assert found["conflicts_value_total@3"] == pytest.approx(7)
     assert found["conflicts_majority@1"] == found["conflicts_value@1"] == pytest.approx(1.5)
     assert found["conflicts_low"] <= found["conflicts"] <= found["conflicts_high"]
-    assert measured(ROWS, [], EvaluateConfig()) == {}
+    assert measured(selected(ROWS, [], (1, 3)), EvaluateConfig()) == {}
 
 
 def test_generated_answers_are_counted_once_and_held_against_the_known() -> None:

@@ -202,9 +202,11 @@ def reference() -> Callable[..., Expected]:
 
         loss = mean(lists["reconstruction"]) + o.beta * mean(charges)
         loss = loss + o.halt_weight * mean(lists["halt_loss"])
-        loss = loss + o.value_weight * mean(lists["value_loss"])
+        # Of all that learn, one in N ends at an iteration on average.
+        usual = len(lists["halt_loss"]) / batch.trace.shape[1]
+        loss = loss + o.value_weight * sum(lists["value_loss"], torch.zeros(())) / (usual or 1)
         if model.config.halting == "q_learning":
-            loss = loss + o.halt_weight * mean(onward)
+            loss = loss + o.halt_weight * sum(onward, torch.zeros(())) / (usual or 1)
         terms = {
             name: (math.fsum(float(v.detach()) for v in values), float(len(values)))
             for name, values in lists.items()
@@ -269,7 +271,7 @@ def make_run(make_model, examples, queens4) -> Callable[..., Run]:
             prior_rows=config.prior_rows(model.config),
             precision=config.precision,
         )
-        engine = PlainEngine(module, config.optim)
+        engine = PlainEngine(module, config.optim, config.accumulate)
         return Run(engine, make_slots(engine, examples, config), config, [])
 
     return make

@@ -39,14 +39,4 @@ def test_the_average_is_in_float32_and_its_own_copy():
     ema = EMA([parameter], 0.5, warmup=False)
     parameter.data.fill_(3.0)
     assert ema.average[0].dtype == torch.float32
-    assert ema.tensors()[0].tolist() == [1.0, 1.0]
-
-
-def test_copy_to_writes_the_average_and_insists_on_as_many_parameters():
-    parameters = [nn.Parameter(torch.tensor([float(i)])) for i in range(2)]
-    ema = EMA(parameters, 0.5, warmup=False)
-    targets = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    ema.copy_to(targets)
-    assert [t.item() for t in targets] == [0.0, 1.0]
-    with pytest.raises(ValueError, match="longer"):
-        ema.copy_to(targets[:1])
+    assert ema.average[0].tolist() == [1.0, 1.0]

@@ -118,5 +118,5 @@ def test_forward_is_one_graph_that_is_compiled_once(make_run, precision):
     for _ in range(3):
         result = loss_of(run)
         run.engine.step(result.loss, 1e-3)
-        run.slots.absorb(result)
+        run.slots.absorb([result])
     assert len(graphs) == 1

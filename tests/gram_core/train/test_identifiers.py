@@ -38,7 +38,7 @@ def test_a_step_is_sign_descent_on_the_summed_gradient(workers) -> None:
     leaf = optimizer.leaf(puzzle)
     assert torch.equal(leaf, before[puzzle])
     (leaf * weight).sum().backward()
-    optimizer.step(puzzle, leaf, workers, lr=1.0)
+    optimizer.step(puzzle, leaf.grad, workers, lr=1.0)
 
     # Dense: the gradient of the whole table, of which untouched rows are left alone.
     dense = before.clone().requires_grad_()

@@ -21,11 +21,11 @@ from gram_core.train.optim import learning_rate
 # Reconstruction, KL and halt loss of the first five iterations. They guard refactorings, which may
 # not change them. A deliberate change of the mathematics may, and then writes them anew.
 GOLDEN = [
-    (1.359110, 0.0, 0.00671530),
-    (0.929534, 0.03706569, 0.00640845),
-    (0.641434, 0.3357596, 0.00570393),
-    (0.590986, 1.0716605, 0.00535703),
-    (0.435468, 2.4036231, 0.00514913),
+    (1.432458, 0.0, 0.00671530),
+    (1.011934, 0.03993092, 0.00629115),
+    (0.665455, 0.2943294, 0.00606632),
+    (0.504791, 1.0749906, 0.00549054),
+    (0.410275, 2.5678172, 0.00457263),
 ]
 
 
@@ -63,13 +63,13 @@ def test_an_iteration_is_one_supervision_step_and_one_optimiser_step(make_run):
     average = [p.detach().clone() for p in model.parameters()]
     for iteration in range(3):
         hand.slots.refill()
-        noise = training_noise(0, iteration, 0, (2, 6, 18, 16))
+        noise = training_noise(0, iteration, range(6), (2, 18, 16))
         result = hand.engine.forward(hand.slots.batch(), noise)
         hand.engine.step(result.loss, learning_rate(hand.config.optim, iteration, 3))
         decay = min(0.9, (1 + iteration) / (10 + iteration))
         for a, p in zip(average, model.parameters(), strict=True):
             a.copy_(decay * a + (1 - decay) * p.detach())
-        hand.slots.absorb(result)
+        hand.slots.absorb([result])
     for ours, theirs in zip(
         run.engine.model.parameters(), hand.engine.model.parameters(), strict=True
     ):
