@@ -42,17 +42,17 @@ def seconds_a_slot(slots: int) -> float:
     batches = make_slots(
         engine, Examples(tokens, tokens, torch.zeros(slots, dtype=torch.int32)), train
     )
-    shape = (config.T, slots, model.length, config.dim)
+    shape = (config.T, model.length, config.dim)
     times = []
     for iteration in range(REPEATS + 1):
         batches.refill()
-        noise = training_noise(0, iteration, 0, shape).to(model.z0_h.device)
+        noise = training_noise(0, iteration, range(slots), shape).to(model.z0_h.device)
         start = time.perf_counter()
         result = engine.forward(batches.batch(), noise)
         engine.step(result.loss, 1e-4)
         result.loss.item()
         times.append(time.perf_counter() - start)
-        batches.absorb(result)
+        batches.absorb([result])
     return sorted(times[1:])[REPEATS // 2] / slots
 
 

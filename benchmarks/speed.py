@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -44,19 +45,20 @@ def training(compile: bool, precision: str, cores: int) -> float:
     torch.set_num_threads(cores)
     job = Job.of(load_run(RUN))
     train = msgspec.structs.replace(job.train, precision=precision, compile=compile)
-    job = Job(job.name, job.task, job.model, job.objective, train)
+    job = replace(job, train=train)
     engine = PlainEngine(build_module(job, "cpu"), train.optim)
     slots = make_slots(engine, examples("nqueens8", job.task, "train"), train)
-    shape = (transitions(job.model), len(slots), engine.model.length, job.model.dim)
+    shape = (transitions(job.model), engine.model.length, job.model.dim)
+    numbers = slots.mine.tolist()
     start = 0.0
     for iteration in range(WARM + STEPS):
         if iteration == WARM:
             start = time.perf_counter()
         slots.refill()
-        noise = training_noise(0, iteration, 0, shape)
+        noise = training_noise(0, iteration, numbers, shape)
         result = engine.forward(slots.batch(), noise)
         engine.step(result.loss, 1e-3)
-        slots.absorb(result)
+        slots.absorb([result])
     return STEPS / (time.perf_counter() - start)
 
 

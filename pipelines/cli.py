@@ -1,4 +1,4 @@
-"""The `gram` command: solve a puzzle, sample a run, look at a run."""
+"""The `gram` command: solve a puzzle, sample, sweep, reproduce, look at a run."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,6 +19,8 @@ EXAMPLES = """examples:
   gram solve boards4_gram blank
   gram info nqueens8_gram
   gram sample nqueens8_gram
+  gram sweep nqueens8
+  gram reproduce HEAD
 
 in Python:
   from gram_core.solve import Solver
@@ -64,6 +66,33 @@ def parser() -> argparse.ArgumentParser:
     )
     submission.add_argument("run", metavar="RUN")
     submission.add_argument("file", nargs="?", default="submission.json", help="(submission.json)")
+    sweep = commands.add_parser(
+        "sweep",
+        help="search settings of a run with Ray Tune (the DVC stage)",
+        description="Run the sweep NAME of params.yaml into results/sweeps/NAME/trials.parquet.",
+    )
+    sweep.add_argument("name", metavar="NAME")
+    what = sweep.add_mutually_exclusive_group()
+    what.add_argument("--resume", action="store_true", help="go on with a sweep that was killed")
+    what.add_argument(
+        "--promote",
+        action="store_true",
+        help="run nothing; print the best trial as a patch of params.yaml",
+    )
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="rebuild a revision in a clean worktree and compare metrics",
+        description="In a clean worktree of REV pull what the remote has, rerun what it has not, "
+        "and compare metrics with the recorded ones. Exit code 0 where all agree within their "
+        "intervals, 1 where some differ.",
+    )
+    reproduce.add_argument("revision", metavar="REV", help="a commit, tag or branch")
+    reproduce.add_argument(
+        "--run", action="append", metavar="RUN", help="only this run (may be repeated)"
+    )
+    reproduce.add_argument(
+        "--force", action="store_true", help="rerun everything, whatever could be pulled"
+    )
     info = commands.add_parser("info", help="a run's model, training and results")
     info.add_argument("run", metavar="RUN")
     return top
@@ -93,7 +122,25 @@ def main(arguments: Sequence[str]) -> int:
         tasks = write_submission(load_run(chosen.run), Path(chosen.file))
         say(f"{chosen.file}: two attempts for every input of {tasks} tasks")
         return 0
+    if chosen.command == "sweep":
+        return _sweep(chosen)
+    if chosen.command == "reproduce":
+        from pipelines.reproduce import reproduce
+
+        return reproduce(chosen.revision, chosen.run or [], force=chosen.force)
     return _info(chosen.run)
+
+
+def _sweep(chosen: argparse.Namespace) -> int:
+    if chosen.promote:
+        from pipelines.promote import promotion
+
+        print(promotion(chosen.name), end="")
+        return 0
+    from pipelines.sweep import sweep
+
+    say(f"sweep {chosen.name}: {sweep(chosen.name, resume=chosen.resume)} reports")
+    return 0
 
 
 def _model_folder(run: str) -> Path:

@@ -8,6 +8,7 @@ stages, and nothing of DeepSpeed's is pickled.
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,25 +69,29 @@ class DeepSpeedEngine:
 
     def held(self) -> list[Tensor]:
         # Stage 3 keeps a flat shard of each parameter, all of equal size, the last one padded.
-        return [p.ds_tensor if self.stage == 3 else p.data for p in self.model.parameters()]
+        return [p.ds_tensor if self.stage == 3 else p.data for p in self._parameters()]
+
+    def _parameters(self) -> list[Any]:
+        """The parameters, with what DeepSpeed has hung on them at stage 3."""
+        return list(self.model.parameters())
 
     def whole(self, held: Sequence[Tensor]) -> list[Tensor]:
         if self.stage < 3:
             return list(held)
         return [
             self.gather(shard)[: p.ds_numel].view(p.ds_shape)
-            for p, shard in zip(self.model.parameters(), held, strict=True)
+            for p, shard in zip(self._parameters(), held, strict=True)
         ]
 
     def shares(self, whole: Sequence[Tensor]) -> list[Tensor]:
         if self.stage < 3:
             return list(whole)
         return [
-            self._shard(tensor, p) for tensor, p in zip(whole, self.model.parameters(), strict=True)
+            self._shard(tensor, p) for tensor, p in zip(whole, self._parameters(), strict=True)
         ]
 
-    def _shard(self, whole: Tensor, parameter: torch.nn.Parameter) -> Tensor:
-        size = parameter.ds_tensor.numel()
+    def _shard(self, whole: Tensor, parameter: Any) -> Tensor:
+        size: int = parameter.ds_tensor.numel()
         padding = size * self.world - whole.numel()
         padded = torch.nn.functional.pad(whole.flatten(), (0, padding))
         return padded[self.rank * size : (self.rank + 1) * size]
@@ -119,7 +124,8 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
+        names = [name for name, _ in self.model.named_parameters()]
+        for name, parameter in zip(names, self._parameters(), strict=True):
             value = weights[name].to(parameter.device)
             if self.stage == 3:
                 parameter.ds_tensor.copy_(self._shard(value, parameter))

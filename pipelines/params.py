@@ -91,7 +91,7 @@ def load_run(name: str, path: Path = FILE) -> Run:
 
 def run_of(params: Mapping[str, Any], name: str, path: Path = FILE) -> Run:
     """The run `name` of what `read_params` gave. Raises `ConfigError`."""
-    entry = _entry(params, "runs", name, path)
+    entry = entry_of(params, "runs", name, path)
     where = f"{path}: runs.{name}"
     for key in entry:
         if key not in RUN_KEYS:
@@ -107,12 +107,14 @@ def run_of(params: Mapping[str, Any], name: str, path: Path = FILE) -> Run:
 
 
 def _task(params: Mapping[str, Any], name: str, path: Path) -> Task:
-    return make_task(_entry(params, "tasks", name, path), f"{path}: tasks.{name}")
+    return make_task(entry_of(params, "tasks", name, path), f"{path}: tasks.{name}")
 
 
-def _entry(params: Mapping[str, Any], section: str, name: str, path: Path) -> Mapping[str, Any]:
-    if name not in params[section]:
-        known = ", ".join(params[section])
+def entry_of(params: Mapping[str, Any], section: str, name: str, path: Path) -> Mapping[str, Any]:
+    """The entry `name` of a section. Raises `ConfigError`."""
+    entries = params.get(section) or {}
+    if name not in entries:
+        known = ", ".join(entries) or "none"
         raise ConfigError(f"{path}: no entry {name!r} in {section!r}; there are: {known}")
     entry = params[section][name]
     if not isinstance(entry, Mapping):

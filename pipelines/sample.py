@@ -108,7 +108,7 @@ class Sampler:
         exact = np.array(
             [
                 prediction.tobytes() in known[job // width]
-                for job, prediction in zip(order, predictions, strict=True)
+                for job, prediction in zip(order.tolist(), predictions, strict=True)
             ]
         )
         valid = exact

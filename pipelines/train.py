@@ -7,7 +7,7 @@ as the function's value; the driver alone writes models/RUN.
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -117,9 +117,17 @@ def build_module(job: Job, device: str) -> Supervised:
     return compiled(module, say) if job.train.compile else module
 
 
-def work(engine: Engine, job: Job, examples: Examples, store: Store, report: Report) -> Trained:
-    """Train on this worker; every worker returns the same averaged weights."""
-    checkpoints = Checkpoints(store, fingerprint(job, examples))
+def work(
+    engine: Engine,
+    job: Job,
+    examples: Examples,
+    store: Store,
+    report: Report,
+    identity: str | None = None,
+) -> Trained:
+    """Train on this worker; every worker returns the same averaged weights. `identity` says which
+    checkpoints in `store` are this run's, where its `fingerprint` shall not."""
+    checkpoints = Checkpoints(store, identity or fingerprint(job, examples))
     slots = make_slots(engine, examples, job.train)
     ema, progress = train(engine, slots, job.train, checkpoints, report)
     return Trained(averaged(engine, ema), progress.history)
@@ -285,11 +293,15 @@ class Progress:
         self.bar.close()
 
 
+def job_of(run: Run, groups: Sequence[str]) -> Job:
+    """The run's job with the identifiers of its data. Raises `ConfigError`."""
+    return replace(Job.of(run), identifiers=tuple(groups))
+
+
 def train_run(run: Run) -> dict[str, float]:
     """Train the run and write models/RUN; goes on from the run's newest checkpoint if a former
     attempt was cut off. Returns the final metrics."""
-    groups = identifiers(run.task_name, run.task)
-    job = replace(Job.of(run), identifiers=tuple(groups))
+    job = job_of(run, identifiers(run.task_name, run.task))
     place = load_storage()
     start = time.monotonic()
     how = train_here if job.train.engine == "plain" else train_on_ray

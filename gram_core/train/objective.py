@@ -219,7 +219,8 @@ def _head_losses(
         bce = F.binary_cross_entropy_with_logits(q_trace[:, :-1, 1], best_next, reduction="none")
         per_example = (bce * has_next).sum(1) / has_next.sum(1).clamp(min=1.0)
         loss = loss + config.halt_weight * (per_example * ending).sum() / usual
-    return loss
+    whole: Tensor = loss
+    return whole
 
 
 def supervise(

@@ -174,7 +174,8 @@ class Slots:
         """The workers' slots in the order of their numbers."""
         together = self.gather(own)
         parts = self.share.world * self.share.parts
-        return together.unflatten(0, (parts, -1)).transpose(0, 1).flatten(0, 1)
+        by_part = together.reshape(parts, -1, *together.shape[1:])
+        return by_part.transpose(0, 1).reshape(together.shape)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, of all slots of the run; every worker calls this."""

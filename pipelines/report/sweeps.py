@@ -106,10 +106,11 @@ class Sweep:
 def read_sweeps(root: Path) -> list[Sweep]:
     """Every sweep that left a table of trials under `root`, by name."""
     paths = sorted((root / "results" / "sweeps").glob("*/trials.parquet"))
-    return [_sweep(path) for path in paths]
+    return [read_sweep(path) for path in paths]
 
 
-def _sweep(path: Path) -> Sweep:
+def read_sweep(path: Path) -> Sweep:
+    """The sweep of one table of trials. Raises `ReportError`."""
     table = read_table(path, "trials")
     made = tables.provenance(table)
     for key in ("run", "metric", "mode"):

@@ -62,8 +62,6 @@ def project(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     profile = path / "pipelines/conf/profile/tiny.yaml"
     profile.write_text("# @package _global_\n" + (path / "params.yaml").read_text())
     shutil.copytree(done, path, dirs_exist_ok=True)
-    # DVCLive's last row, which is no output of the stage.
-    (path / "models/tiny/live/metrics.json").unlink()
     build(path, read_params(path / "params.yaml")["runs"], path / "report")
     git(path, "init", "-q")
     well(dvc(path, "remote", "add", "-q", "-d", "s3", "s3://remote/dvc"))
@@ -132,6 +130,11 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def outputs(folder: Path) -> dict[str, bytes]:
+    """What DVC or git carries: all but DVCLive's last row."""
+    return {k: v for k, v in contents(folder).items() if not k.endswith("live/metrics.json")}
+
+
 def until(reached: Callable[[], bool]) -> None:
     for _ in range(1200):
         if reached():
@@ -154,7 +157,7 @@ def test_pipeline_comes_back_whole_and_runs_nothing(
     other = clone(source, tmp_path / "pulled")
     said += well(dvc(other, "pull", client=client))
     for folder in MADE:
-        assert contents(other / folder) == contents(source / folder)
+        assert outputs(other / folder) == outputs(source / folder)
     said += (status := well(dvc(other, "status", client=client)))
     assert "up to date" in status
     empty = clone(source, tmp_path / "empty")

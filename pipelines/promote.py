@@ -1,0 +1,48 @@
+"""The best trial of a sweep as a patch of params.yaml, for a person to review and commit."""
+
+import difflib
+import io
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from gram_core.errors import GramError
+from pipelines.params import FILE, RESULTS, read_params
+from pipelines.report.sweeps import read_sweep
+from pipelines.space import put
+
+
+def promotion(name: str, path: Path = FILE) -> str:
+    """A unified diff of params.yaml that gives the sweep's run the values of its best trial, below
+    lines that say where they come from and how DVC takes them. Raises `GramError`."""
+    found = read_sweep(RESULTS / "sweeps" / name / "trials.parquet")
+    best = found.best
+    if best is None:
+        raise GramError(f"sweep {name}: no trial reported {found.metric}")
+    if found.run not in read_params(path)["runs"]:
+        raise GramError(f"sweep {name}: its run {found.run!r} is no longer in {path}")
+    yaml = YAML()
+    yaml.width = 1 << 16
+    document = yaml.load(path.read_text())
+    before = _dumped(yaml, document)
+    for key, value in best.params.items():
+        put(document["runs"][found.run], key, value)
+    after = _dumped(yaml, document)
+    patch = difflib.unified_diff(
+        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{path}", f"b/{path}"
+    )
+    overrides = [f"runs.{found.run}.{key}={value}" for key, value in best.params.items()]
+    head = [
+        f"# sweep {name}: {best.name}, best of {len(found.trials)} trials: {found.metric} "
+        f"{best.value:.4g} at step {best.step}",
+        "# apply: gram sweep NAME --promote | git apply   (and the same in the profile that",
+        "# params.yaml is composed from, pipelines/conf/profile/)",
+        "# try: dvc exp run " + " ".join(f"-S {override}" for override in overrides),
+    ]
+    return "\n".join(head) + "\n" + "".join(patch)
+
+
+def _dumped(yaml: YAML, document: object) -> str:
+    text = io.StringIO()
+    yaml.dump(document, text)
+    return text.getvalue()

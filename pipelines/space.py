@@ -1,0 +1,169 @@
+"""Sweeps as params.yaml describes them: which settings of a run are searched, and how.
+
+Checks everything before anything runs: every value that a sweep can choose is tried on the run's
+settings. Knows Ray Tune only where it makes its search space.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from gram_core.config import (
+    Config,
+    ConfigError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    load,
+)
+from gram_core.train.objective import Terms
+from pipelines.params import FILE, Run, entry_of, read_params, run_of
+from pipelines.storage import check
+from pipelines.train import Job
+
+RANGES = ("uniform", "loguniform")
+LISTS = ("choice", "grid")
+# What PBT may change in the middle of a trial: nothing that shapes the weights or the slots.
+MUTABLE = ("train.optim.", "objective.", "train.prior_slots", "train.ema")
+SECTIONS = ("model.", "objective.", "train.")
+
+
+class SweepConfig(Config, frozen=True, kw_only=True):
+    """One entry of `sweeps`. `space` gives for settings of the run (`train.optim.lr`) one of
+    `uniform: [low, high]`, `loguniform: [low, high]`, `choice: [...]`, `grid: [...]`; `fixed`
+    settles others for every trial. `trials` are how many are drawn (of a grid: how often it is gone
+    through). ASHA judges after `grace` reports and keeps one in `reduction`; PBT copies the better
+    every `grace` reports. A trial has `cpus` and `gpus`; `concurrent` bounds how many run at once.
+    `storage` is an s3:// prefix for what a sweep in progress keeps; by default that is local."""
+
+    run: str
+    space: dict[str, dict[str, Any]]
+    fixed: dict[str, Any] = msgspec.field(default_factory=dict)
+    search: Literal["random", "grid", "optuna"] = "random"
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    metric: str = "prior_valid"
+    mode: Literal["max", "min"] = "max"
+    trials: PositiveInt = 8
+    seed: NonNegativeInt = 0
+    grace: PositiveInt = 2
+    reduction: PositiveInt = 3
+    cpus: PositiveInt = 1
+    gpus: NonNegativeFloat = 0.0
+    concurrent: PositiveInt | None = None
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            raise ValueError("space: has no setting to search")
+        for key, spec in self.space.items():
+            _check_spec(f"space.{key}", spec)
+        kinds = {key: next(iter(spec)) for key, spec in self.space.items()}
+        if self.search == "grid" and set(kinds.values()) != {"grid"}:
+            odd = next(key for key, kind in kinds.items() if kind != "grid")
+            raise ValueError(f"space.{odd}: search: grid takes only 'grid', not {kinds[odd]!r}")
+        if self.search == "optuna" and "grid" in kinds.values():
+            odd = next(key for key, kind in kinds.items() if kind == "grid")
+            raise ValueError(f"space.{odd}: search: optuna takes no 'grid'; use 'choice'")
+        if self.metric not in Terms.names:
+            raise ValueError(
+                f"metric: expected one of {', '.join(Terms.names)}, got {self.metric!r}"
+            )
+        if self.scheduler == "pbt":
+            if self.search == "optuna":
+                raise ValueError("scheduler: pbt searches by itself; use search: random")
+            for key in self.space:
+                if not key.startswith(MUTABLE):
+                    raise ValueError(
+                        f"space.{key}: scheduler: pbt can change only {', '.join(MUTABLE)} of a "
+                        "trial in progress"
+                    )
+        if self.reduction < 2:
+            raise ValueError("reduction: at least 2")
+        if self.storage is not None:
+            check(self.storage)
+
+
+def _check_spec(where: str, spec: Mapping[str, Any]) -> None:
+    if len(spec) != 1 or next(iter(spec)) not in RANGES + LISTS:
+        raise ValueError(f"{where}: expected one of {', '.join(RANGES + LISTS)}, got {spec!r}")
+    kind, values = next(iter(spec.items()))
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise ValueError(f"{where}.{kind}: expected a list, got {values!r}")
+    if kind in RANGES:
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(values) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+            raise ValueError(f"{where}.{kind}: expected [low, high], got {list(values)!r}")
+        if kind == "loguniform" and numbers[0] <= 0:
+            raise ValueError(f"{where}.loguniform: low must be above 0, got {numbers[0]}")
+
+
+def load_sweep(name: str, path: Path = FILE) -> tuple[SweepConfig, dict[str, Any]]:
+    """The sweep `name`, and params.yaml as it was read. Raises `ConfigError`, also where a value of
+    its space is no setting of its run."""
+    params = read_params(path)
+    where = f"{path}: sweeps.{name}"
+    config = load(SweepConfig, entry_of(params, "sweeps", name, path), where)
+    for values in _extremes(config):
+        try:
+            Job.of(run_with(params, config, values, path))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return config, params
+
+
+def _extremes(config: SweepConfig) -> Iterator[dict[str, Any]]:
+    """Choices that together try the ends of every range and every listed value."""
+    lists = {key: list(next(iter(spec.values()))) for key, spec in config.space.items()}
+    for row in itertools.zip_longest(*lists.values()):
+        yield {
+            key: values[0] if value is None else value
+            for (key, values), value in zip(lists.items(), row, strict=True)
+        }
+
+
+def run_with(
+    params: Mapping[str, Any], config: SweepConfig, values: Mapping[str, Any], path: Path = FILE
+) -> Run:
+    """The sweep's run with the settings of one trial. Raises `ConfigError`."""
+    document = copy.deepcopy(dict(params))
+    entry = entry_of(document, "runs", config.run, path)
+    for key, value in {**config.fixed, **values}.items():
+        put(entry, key, value)
+    # A trial is one process; how it is spread is the sweep's affair.
+    put(entry, "train.engine", "plain")
+    for key in ("train.workers", "train.zero_stage"):
+        put(entry, key, int(key == "train.workers"))
+    put(entry, "train.cores", config.cpus)
+    return run_of(document, config.run, path)
+
+
+def put(entry: Any, key: str, value: Any) -> None:
+    """Set a dotted key of a run's entry. Raises `ConfigError` where it is no key of a run's
+    training."""
+    if not key.startswith(SECTIONS):
+        raise ConfigError(f"{key}: a sweep chooses among {', '.join(f'{s}*' for s in SECTIONS)}")
+    *parents, last = key.split(".")
+    node = entry
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {parent} is no section")
+    node[last] = value
+
+
+def tune_space(config: SweepConfig) -> dict[str, Any]:
+    """The space as Ray Tune takes it."""
+    from ray import tune
+
+    make = {
+        "uniform": lambda values: tune.uniform(*values),
+        "loguniform": lambda values: tune.loguniform(*values),
+        "choice": tune.choice,
+        "grid": tune.grid_search,
+    }
+    found = {key: next(iter(spec.items())) for key, spec in config.space.items()}
+    return {key: make[kind](values) for key, (kind, values) in found.items()}

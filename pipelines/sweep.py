@@ -1,0 +1,274 @@
+"""Sweeps: Ray Tune over the function that trains a run; one table of all trials and reports.
+
+What a sweep in progress keeps lies in .gram/sweeps or below `storage`; a sweep that was killed goes
+on from there. Nothing else of the project reads a sweep's results: a person promotes them.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from gram_core import tables
+from gram_core.config import dump
+from gram_core.errors import GramError
+from gram_core.tasks.batches import Examples
+from gram_core.train.checkpoint import META, Found
+from gram_core.train.engine import PlainEngine
+from gram_core.train.objective import Terms
+from pipelines import storage
+from pipelines.dataset import examples, identifiers
+from pipelines.params import RESULTS, WORK
+from pipelines.provenance import provenance
+from pipelines.runtime import device_name, say
+from pipelines.space import SweepConfig, load_sweep, run_with, tune_space
+from pipelines.train import Job, build_module, job_of, work
+
+SETTINGS = "sweep.json"
+CRASHES = 2  # of a trial's process that it goes on after
+
+
+class TrialStore:
+    """A trial's checkpoints, kept by Ray Tune, and its reports: a `Store` and a `Report`.
+
+    Tune takes a checkpoint only together with a report, so the report of a checkpoint's iteration
+    waits for it. What a trial was given to go on from it does not report again.
+    """
+
+    def __init__(self, every: int, steps: int) -> None:
+        from ray import tune
+
+        self.every, self.steps = every, steps
+        self.pending: dict[str, float] | None = None
+        self.found: Found | None = None
+        self.seen = 0
+        given = tune.get_checkpoint()
+        if given is not None:
+            with given.as_directory() as folder:
+                files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            if META in files:
+                self.found = Found(str(given.path), files)
+                self.seen = int(json.loads(files[META])["iteration"])
+
+    def report(self, row: dict[str, float]) -> None:
+        """One logged row of training."""
+        from ray import tune
+
+        step = int(row["step"])
+        if step <= self.seen:
+            return
+        if step % self.every == 0 and step < self.steps:
+            self.pending = row
+        else:
+            tune.report(dict(row))
+
+    def write(self, name: str, files: Mapping[str, bytes]) -> None:
+        from ray import tune
+
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in files.items():
+                (Path(folder) / file).write_bytes(content)
+            tune.report(dict(self.pending or {}), checkpoint=tune.Checkpoint.from_directory(folder))
+        self.pending = None
+
+    def newest(self) -> Found | None:
+        return self.found
+
+    def clear(self) -> None:
+        """Tune does it."""
+
+
+def trial(
+    values: dict[str, Any],
+    *,
+    params: Mapping[str, Any],
+    config: SweepConfig,
+    groups: tuple[str, ...],
+    rows: Examples,
+) -> None:
+    """What each trial runs: the run's training with the values that the sweep chose."""
+    job = job_of(run_with(params, config, values), groups)
+    torch.set_num_threads(config.cpus)
+    engine = PlainEngine(build_module(job, device_name()), job.train.optim, job.train.accumulate)
+    store = TrialStore(job.train.checkpoint_every, job.train.steps)
+    # Where PBT gives a trial another's checkpoint, settings differ: they do not identify it.
+    work(engine, job, rows, store, store.report, identity="sweep")
+
+
+def sweep(name: str, *, resume: bool = False) -> int:
+    """Run the sweep and write results/sweeps/NAME/trials.parquet; the number of its rows. With
+    `resume`, go on with what a killed sweep left. Raises `GramError`."""
+    from ray import tune
+
+    from pipelines.cluster import cluster
+
+    config, params = load_sweep(name)
+    job, rows = _checked(params, config)
+    place = storage.join(config.storage or str((WORK / "sweeps").absolute()), name)
+    filesystem, folder = _filesystem(place)
+    settings = json.dumps(
+        {"sweep": dump(config), "run": params["runs"][config.run]}, sort_keys=True
+    )
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the table of trials, not the log of them
+    with cluster():
+        _reachable(name, config)
+        function = tune.with_resources(
+            tune.with_parameters(
+                trial, params=params, config=config, groups=job.identifiers, rows=rows
+            ),
+            {"cpu": config.cpus, "gpu": config.gpus},
+        )
+        there = SETTINGS in storage.names(place)
+        if resume and there:
+            if storage.read(storage.join(place, SETTINGS)).decode() != settings:
+                raise GramError(
+                    f"sweep {name}: its settings have changed since it began at {place}; run it "
+                    "without --resume to begin anew"
+                )
+            tuner = tune.Tuner.restore(
+                f"{folder}/run",
+                function,
+                resume_unfinished=True,
+                restart_errored=True,
+                param_space=tune_space(config),
+                storage_filesystem=filesystem,
+            )
+        else:
+            if there:
+                say(f"sweep {name}: begins anew; --resume would go on with what is at {place}")
+            storage.remove(place)
+            storage.write(storage.join(place, SETTINGS), settings.encode())
+            tuner = _tuner(name, function, config, filesystem, folder)
+        grid = tuner.fit()
+    table = trials_table(name, grid)
+    path = RESULTS / "sweeps" / name / "trials.parquet"
+    about = {
+        "sweep": name,
+        "run": config.run,
+        "metric": config.metric,
+        "mode": config.mode,
+        "settings": dump(config),
+        **provenance(config.seed),
+    }
+    tables.write(path, table, tables.trials_schema(), about)
+    storage.remove(place)
+    return len(table)
+
+
+def _checked(params: Mapping[str, Any], config: SweepConfig) -> tuple[Job, Examples]:
+    """The run as it is without a trial's values, and its training rows."""
+    run = run_with(params, config, {})
+    groups = tuple(identifiers(run.task_name, run.task))
+    return job_of(run, groups), examples(run.task_name, run.task, "train", groups)
+
+
+def _filesystem(place: str) -> tuple[Any, str]:
+    """Where Tune keeps a sweep: None and a path, or a file system and the path in it."""
+    if storage.local(place) is not None:
+        return None, str(storage.local(place))
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(storage.filesystem())), place.removeprefix("s3://")
+
+
+def _reachable(name: str, config: SweepConfig) -> None:
+    """Raise where trials could run on machines that do not see this one's disk."""
+    import ray
+
+    if config.storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise GramError(
+            f"params.yaml: sweeps.{name}.storage: the Ray cluster has several machines; name an "
+            "s3:// prefix that all of them reach"
+        )
+
+
+def _tuner(name: str, function: Any, config: SweepConfig, filesystem: Any, folder: str) -> Any:
+    from ray import tune
+    from ray.tune.search import BasicVariantGenerator
+
+    most = config.concurrent or 0
+    if config.search == "optuna":
+        from ray.tune.search import ConcurrencyLimiter
+        from ray.tune.search.optuna import OptunaSearch
+
+        search: Any = OptunaSearch(seed=config.seed)
+        if most:
+            search = ConcurrencyLimiter(search, max_concurrent=most)
+    else:
+        search = BasicVariantGenerator(max_concurrent=most, random_state=config.seed)
+    return tune.Tuner(
+        function,
+        param_space=tune_space(config),
+        tune_config=tune.TuneConfig(
+            metric=config.metric,
+            mode=config.mode,
+            num_samples=config.trials,
+            search_alg=search,
+            scheduler=_scheduler(config),
+        ),
+        run_config=tune.RunConfig(
+            name="run",
+            storage_path=folder,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=CRASHES),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            verbose=1,
+            progress_reporter=tune.CLIReporter(
+                metric_columns={"step": "step", config.metric: config.metric, "time_total_s": "s"},
+                parameter_columns={key: key.rpartition(".")[2] for key in config.space},
+                max_progress_rows=30,
+                max_report_frequency=10,
+            ),
+        ),
+    )
+
+
+def _scheduler(config: SweepConfig) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
+
+    if config.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            grace_period=config.grace, reduction_factor=config.reduction, max_t=1_000_000
+        )
+    if config.scheduler == "pbt":
+        mutations = {k: v for k, v in tune_space(config).items() if not isinstance(v, dict)}
+        lists = {k: s["grid"] for k, s in config.space.items() if "grid" in s}
+        return PopulationBasedTraining(
+            time_attr="training_iteration",
+            perturbation_interval=config.grace,
+            hyperparam_mutations={**mutations, **lists},
+            synch=False,
+        )
+    return None
+
+
+def trials_table(name: str, grid: Any) -> pa.Table:
+    """One row a trial and report, trials in the order of their beginning. A report that was made
+    again after a crash counts once, as it was made last."""
+    rows: list[dict[str, Any]] = []
+    for number, result in enumerate(grid):
+        values = {key: json.dumps(value) for key, value in (result.config or {}).items()}
+        common = {
+            "sweep": name,
+            "trial": f"{name}_{number:05d}",
+            "number": number,
+            "state": "ERROR" if result.error else "TERMINATED",
+            "params": list(values.items()),
+        }
+        frame = result.metrics_dataframe
+        reports = {} if frame is None else {int(r["step"]): r for r in frame.to_dict("records")}
+        for step, report in sorted(reports.items()):
+            told = {k: float(report[k]) for k in Terms.names if k in report}
+            # A column of the frame has a gap where a term did not occur.
+            metrics = [(k, v) for k, v in told.items() if not math.isnan(v)]
+            seconds = float(report["time_total_s"])
+            rows.append({**common, "step": step, "seconds": seconds, "metrics": metrics})
+        if not reports:
+            rows.append({**common, "step": 0, "seconds": 0.0, "metrics": []})
+    return pa.Table.from_pylist(rows, schema=tables.trials_schema())

@@ -1,0 +1,17 @@
+"""Stage sweep@NAME, frozen: `python -m stages.sweep NAME`; goes on with one that was killed."""
+
+from collections.abc import Sequence
+
+from pipelines.runtime import entry, say
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the sweep."""
+    from pipelines.sweep import sweep
+
+    (name,) = arguments
+    say(f"sweep {name}: {sweep(name, resume=True)} reports")
+
+
+if __name__ == "__main__":
+    entry(main)
