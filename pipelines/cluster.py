@@ -62,13 +62,14 @@ def _code() -> dict[str, Any]:
 
 def worker_cores(workers: int, wanted: int | None) -> int:
     """CPU cores of each of `workers`: `wanted`, or an equal share of the cluster's that fits on
-    its largest node. Raises `GramError` where that many are not there."""
+    its largest node. Raises `GramError` where a local Ray has not that many; a cluster may grow."""
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     cores = wanted or max(1, int(min(max(nodes), sum(nodes) // workers)))
-    if sum(int(cpus // cores) for cpus in nodes) < workers:
+    fit = sum(int(cpus // cores) for cpus in nodes)
+    if fit < workers and "RAY_ADDRESS" not in os.environ:
         raise GramError(
-            f"{workers} workers of {cores} CPU cores do not fit on this Ray's nodes, which have "
-            f"{', '.join(f'{cpus:.0f}' for cpus in nodes)}; ask for fewer workers or cores"
+            f"{workers} workers of {cores} CPU cores do not fit on this machine, whose Ray has "
+            f"{sum(nodes):.0f}; ask for fewer workers or cores"
         )
     return cores
 

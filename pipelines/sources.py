@@ -1,4 +1,4 @@
-"""Sources of data as files on this machine: a local path, s3://, https:// or hf:// (the Hub).
+"""Sources of data as files on this machine: a path, file://, s3://, https:// or hf:// (the Hub).
 
 What comes from elsewhere lies in .gram/sources, under a name made of the address; a file that is
 there is not fetched again. A part of a file is never taken for it.
@@ -21,8 +21,8 @@ class SourceError(GramError):
 def fetch(source: str) -> Path:
     """The file that `source` names. Raises `SourceError`."""
     scheme = source.partition("://")[0] if "://" in source else ""
-    if not scheme:
-        path = Path(source).expanduser()
+    if scheme in ("", "file"):
+        path = Path(source.removeprefix("file://")).expanduser()
         if not path.is_file():
             raise SourceError(f"{source}: no such file")
         return path

@@ -16,8 +16,8 @@ from gram_core.config import Config
 from gram_core.errors import GramError
 from gram_core.files import write_atomic
 
-# Bounds of trying again: a server may be away for about a minute.
-ATTEMPTS = 10
+# Bounds of trying again, with growing pauses: a server may be away for half a minute or so.
+ATTEMPTS = 8
 CONNECT_SECONDS, READ_SECONDS = 5, 60
 S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]+)(?:/(?P<key>.*))?")
 
@@ -84,8 +84,8 @@ def filesystem() -> Any:
     """The S3 file system, with bounded retries."""
     from s3fs import S3FileSystem
 
-    # s3fs tries its own requests again too, by this number.
-    S3FileSystem.retries = ATTEMPTS
+    # s3fs tries again on top of botocore, which has done so by then; once is for answers cut short.
+    S3FileSystem.retries = 2
     return S3FileSystem(
         use_listings_cache=False,
         config_kwargs={

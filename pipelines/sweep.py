@@ -217,7 +217,10 @@ def _tuner(name: str, function: Any, config: SweepConfig, filesystem: Any, folde
             storage_path=folder,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=CRASHES),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            # PBT goes back to checkpoints that are no longer the newest.
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=None if config.scheduler == "pbt" else 2
+            ),
             verbose=1,
             progress_reporter=tune.CLIReporter(
                 metric_columns={"step": "step", config.metric: config.metric, "time_total_s": "s"},

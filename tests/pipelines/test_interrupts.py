@@ -111,16 +111,21 @@ def outcome(path: Path) -> dict[str, Any]:
     return found
 
 
+def command(process: psutil.Process) -> list[str]:
+    """Its words; none where it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def process_of(stage: str, repro: subprocess.Popen[str]) -> psutil.Process:
     """The stage's process, as soon as there is one below `repro`."""
     for _ in range(12000):
         assert repro.poll() is None, repro.stdout and repro.stdout.read()
         for child in psutil.Process(repro.pid).children(recursive=True):
-            try:
-                if child.cmdline()[1:3] == ["-m", f"stages.{stage}"]:
-                    return child
-            except psutil.Error:
-                continue
+            if command(child)[1:3] == ["-m", f"stages.{stage}"]:
+                return child
         time.sleep(0.005)
     raise AssertionError(f"{stage} was not started within a minute")
 
@@ -225,7 +230,7 @@ def test_interrupted_ray_leaves_nothing_running(spread: Path, tmp_path: Path, st
             children[:] = process.children(recursive=True)
             if stage == "train":
                 return bool(list(checkpoints.glob("step-*")))
-            return any("Sampler" in " ".join(child.cmdline()) for child in children)
+            return any("Sampler" in " ".join(command(child)) for child in children)
 
         until(begun, process)
 

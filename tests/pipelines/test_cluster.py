@@ -1,0 +1,162 @@
+"""Ray: a cluster of two nodes, one of which sees nothing of the driver's disk; and loopback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+from nodes import can_hide, environment_at, two_nodes
+from s3 import S3Server
+from workspace import child_environment, make_data, params, write_params
+
+from pipelines.cluster import Board, cluster, worker_cores
+
+pytestmark = pytest.mark.ray
+TUNED = {
+    "lr": {
+        "run": "tiny",
+        "space": {"train.optim.lr": {"loguniform": [1e-3, 1e-2]}},
+        "trials": 2,
+        "storage": "s3://sweeps/here",
+    }
+}
+
+
+def gram(command: list[str], environment: dict[str, str]) -> None:
+    """Run a program of the pipeline as a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("objects") / "buckets") as server:
+        for name in ("sweeps", "place"):
+            server.bucket(name)
+        yield server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_hide(), reason="no mount namespaces here")
+def test_two_nodes_train_sample_and_sweep_without_the_drivers_disk(
+    folder: Path, store: S3Server
+) -> None:
+    document = params(
+        runs__tiny__train__engine="deepspeed",
+        runs__tiny__train__workers=2,
+        runs__tiny__train__cores=1,
+        runs__tiny__sample__concurrency=2,
+        runs__tiny__sample__cores=1,
+        runs__tiny__sample__width=20,
+    )
+    document["sweeps"] = TUNED
+    write_params(document)
+    make_data()
+    here = child_environment()
+    gram(["stages.train", "tiny"], here)
+    gram(["stages.sample", "tiny"], here)
+    curve = pl.read_csv("models/tiny/history.csv")
+    rows = pl.read_parquet("results/tiny/trajectories.parquet")
+    for path in (*Path("models/tiny").glob("*.*"), Path("results/tiny/trajectories.parquet")):
+        path.unlink()
+    with two_nodes([folder], store.environment()) as address:
+        there = environment_at(address, store.environment())
+        gram(["stages.train", "tiny"], there)
+        gram(["stages.sample", "tiny"], there)
+        gram(["stages.sweep", "lr"], there)
+    again = pl.read_csv("models/tiny/history.csv")
+    for name in ("reconstruction", "kl"):
+        assert again[name].to_list() == pytest.approx(curve[name].to_list(), rel=1e-4)
+    sampled = pl.read_parquet("results/tiny/trajectories.parquet")
+    keys = ["puzzle_id", "trajectory", "depth"]
+    assert sampled.select(keys).equals(rows.select(keys))
+    same = (sampled["prediction"] == rows["prediction"]).mean()
+    assert same is not None and same > 0.99
+    trials = pl.read_parquet("results/sweeps/lr/trials.parquet")
+    assert trials.group_by("trial").agg(pl.len())["len"].to_list() == [6, 6]
+
+
+def test_a_local_ray_listens_on_loopback_alone() -> None:
+    code = (
+        "import psutil, os, ray\n"
+        "from pipelines.cluster import Board, cluster\n"
+        "with cluster():\n"
+        "    board = Board()\n"
+        "    board.post(1)\n"
+        "    me = psutil.Process()\n"
+        "    pids = {p.pid for p in (me, *me.children(recursive=True))}\n"
+        "    session = ray._private.worker._global_node.get_session_dir_path()\n"
+        "    for p in psutil.process_iter():\n"
+        "        try:\n"
+        "            if session in ' '.join(p.cmdline()):\n"
+        "                pids |= {p.pid, *(c.pid for c in p.children(recursive=True))}\n"
+        "        except psutil.Error:\n"
+        "            pass\n"
+        "    found = [c for c in psutil.net_connections('inet')"
+        " if c.status == 'LISTEN' and c.pid in pids]\n"
+        "    print(len(found), *sorted({c.laddr.ip for c in found}))\n"
+    )
+    environment = {k: v for k, v in child_environment().items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, *addresses = done.stdout.split()
+    assert int(count) >= 5
+    assert set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_a_cluster_that_is_not_there_is_one_line(data: Path) -> None:
+    write_params(params(runs__tiny__train__engine="deepspeed"))
+    environment = {**child_environment(), "RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train", "tiny"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "no Ray cluster answers at 127.0.0.1:9" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_board_carries_messages_questions_and_errors() -> None:
+    import ray
+
+    from gram_core.errors import GramError
+
+    heard: list[object] = []
+
+    def receive(message: object) -> object:
+        heard.append(message)
+        if message == "wrong":
+            raise GramError("no such thing")
+        return f"{message}!"
+
+    @ray.remote
+    def worker(board: Board) -> list[str]:
+        board.post("hello")
+        said = [board.ask("how are you")]
+        try:
+            board.ask("wrong")
+        except GramError as error:
+            said.append(str(error))
+        return said
+
+    with cluster(cpus=2):
+        board = Board()
+        with board.listening(receive):
+            assert ray.get(worker.remote(board)) == ["how are you!", "no such thing"]
+        assert heard == ["hello", "how are you", "wrong"]
+        assert worker_cores(2, None) == 1
+        assert worker_cores(1, None) == 2
+        with pytest.raises(GramError, match="3 workers of 1 CPU cores do not fit on this machine"):
+            worker_cores(3, 1)
+    assert not [p for p in psutil.Process(os.getpid()).children() if "raylet" in p.name()]

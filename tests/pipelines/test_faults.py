@@ -1,0 +1,413 @@
+"""What really happens: killed workers, full disks, files from an untrusted place, a large table."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import psutil
+import pyarrow as pa
+import pytest
+from safetensors.torch import load_file
+from workspace import child_environment, contents, make_data, params, write_params
+
+from gram_core import tables
+from gram_core.errors import GramError
+from gram_core.train.checkpoint import FolderStore
+from pipelines.evaluate import evaluate
+from pipelines.params import load_run
+from pipelines.sample import sample_run
+from pipelines.train import train_run
+
+TABLE = Path("results/tiny/trajectories.parquet")
+
+
+@contextmanager
+def killing(names: str, times: int, ready: Callable[[], bool]) -> Iterator[list[int]]:
+    """In the block, kill processes of that name with SIGKILL, so many of them, each when `ready`
+    says so; gives the list of those killed."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.is_set() and len(killed) < times:
+            time.sleep(0.3)
+            if not ready():
+                continue
+            for process in psutil.process_iter(["pid", "cmdline"]):
+                line = " ".join(process.info["cmdline"] or [])
+                if line.startswith(names) and process.pid not in killed:
+                    # In the middle of its work, not as it starts.
+                    time.sleep(0.7)
+                    try:
+                        process.kill()
+                    except psutil.NoSuchProcess:
+                        continue
+                    killed.append(process.pid)
+                    break
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sampling_survives_five_killed_workers(data: Path) -> None:
+    changes = {
+        "runs__tiny__model__dim": 64,
+        "runs__tiny__model__ffn": 256,
+        "runs__tiny__model__K": 8,
+        "runs__tiny__sample__width": 30,
+        "runs__tiny__sample__depth": 10,
+        "runs__tiny__sample__depths": [1],
+        "runs__tiny__sample__halting": False,
+        "runs__tiny__sample__batch": 120,
+        "runs__tiny__evaluate__widths": [1],
+    }
+    write_params(params(**changes))
+    train_run(load_run("tiny"))
+    sample_run(load_run("tiny"))
+    calm = tables.read(TABLE, "trajectories")
+    write_params(params(**changes, runs__tiny__sample__concurrency=2))
+    with killing("ray::MapWorker(MapBatches(Sampler)).submit", 5, lambda: True) as killed:
+        sample_run(load_run("tiny"))
+    assert len(killed) == 5
+    rough = tables.read(TABLE, "trajectories")
+    here, there = (pl.from_arrow(table) for table in (calm, rough))
+    assert isinstance(here, pl.DataFrame) and isinstance(there, pl.DataFrame)
+    assert there.drop("value").equals(here.drop("value"))
+    assert there["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
+
+
+def test_a_killed_sampling_run_keeps_the_blocks_it_had(whole: Path) -> None:
+    write_params(params(runs__tiny__sample__width=40, runs__tiny__sample__depth=12))
+    sample_run(load_run("tiny"))
+    calm = pl.read_parquet(TABLE)
+    TABLE.unlink()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.sample", "tiny"],
+        env=child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = Path(".gram/samples/tiny")
+    while not list(folder.rglob("block-*.parquet")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not TABLE.exists()
+    blocks = {path: path.stat().st_mtime_ns for path in folder.rglob("block-*.parquet")}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.sample", "tiny"],
+        env=child_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "found finished" in done.stderr
+    assert blocks
+    assert pl.read_parquet(TABLE).equals(calm)
+    assert not folder.exists()
+
+
+def test_a_damaged_block_is_not_taken(whole: Path) -> None:
+    from pipelines import sample
+    from pipelines.storage import StorageError
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sample.tables, "write_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    calm = TABLE.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(load_run("tiny"))
+    patch.undo()
+    block = min(Path(".gram/samples/tiny").rglob("block-*.parquet"))
+    block.write_bytes(block.read_bytes()[:-1])
+    with pytest.raises(StorageError, match="does not match its checksum; it was removed"):
+        sample_run(load_run("tiny"))
+    assert TABLE.read_bytes() == calm
+    sample_run(load_run("tiny"))
+    assert TABLE.read_bytes() == calm
+
+
+def outcome() -> dict[str, object]:
+    weights = load_file(Path("models/tiny/model.safetensors"))
+    metrics = json.loads(Path("models/tiny/metrics.json").read_text())
+    metrics.pop("train_seconds")
+    return {**metrics, **{name: tensor.tolist() for name, tensor in weights.items()}}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_goes_on_after_a_killed_worker(data: Path, capfd: pytest.CaptureFixture) -> None:
+    write_params(params(runs__tiny__train__engine="deepspeed", runs__tiny__train__steps=800))
+    train_run(load_run("tiny"))
+    calm = outcome()
+    folder = Path(".gram/checkpoints/tiny")
+    with killing("ray::RayTrainWorker", 1, lambda: bool(list(folder.glob("step-*")))) as killed:
+        train_run(load_run("tiny"))
+    assert len(killed) == 1
+    assert outcome() == calm
+    said = capfd.readouterr().err
+    assert "a worker died; all go on from the newest checkpoint (restart 1 of 3)" in said
+    history = pl.read_csv("models/tiny/live/plots/metrics/reconstruction.tsv", separator="\t")
+    assert history["step"].is_unique().all(), "no row is told twice"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_whose_workers_keep_dying_ends_with_one_line(data: Path) -> None:
+    changes = {"engine": "deepspeed", "steps": 4000, "restarts": 0}
+    write_params(params(**{f"runs__tiny__train__{k}": v for k, v in changes.items()}))
+    folder = Path(".gram/checkpoints/tiny")
+    ready = lambda: bool(list(folder.glob("step-*")))  # noqa: E731
+    with (
+        killing("ray::RayTrainWorker", 1, ready),
+        pytest.raises(GramError, match="a worker died, after 0 restarts"),
+    ):
+        train_run(load_run("tiny"))
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a small tmpfs."""
+    return os.geteuid() == 0 and subprocess.run(
+        ["unshare", "-m", "true"], capture_output=True, check=False
+    ).returncode == 0  # fmt: skip
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
+    """A disk of so many bytes at the folder; gives the way to make it larger."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
+    try:
+        yield lambda more: subprocess.run(
+            ["mount", "-o", f"remount,size={more}", folder], check=True
+        ) and None  # fmt: skip
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
+@pytest.mark.parametrize("engine", ["plain", pytest.param("deepspeed", marks=pytest.mark.ray)])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    data: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"engine": engine, "steps": 40, "checkpoint_every": 10}
+    write_params(params(**{f"runs__tiny__train__{k}": v for k, v in changes.items()}))
+    sizes: list[int] = []
+    write = FolderStore.write
+
+    def measured(self: FolderStore, name: str, files: Mapping[str, bytes]) -> None:
+        sizes.append(sum(len(content) for content in files.values()))
+        write(self, name, files)
+
+    monkeypatch.setattr(FolderStore, "write", measured)
+    train_run(load_run("tiny"))
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    calm = outcome()
+    for path in Path("models/tiny").glob("*.*"):
+        path.unlink()
+    shutil.rmtree(".gram", ignore_errors=True)
+    # One checkpoint fits, a second beside it does not.
+    with small_disk(Path(".gram/checkpoints").absolute(), int(1.6 * max(sizes))) as grow:
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.train", "tiny"],
+            env=child_environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert "step-0000020: checkpoint not written: " in lines[0]
+        assert "No space left on device" in lines[0]
+        assert "Traceback" not in done.stderr
+        assert not Path("models/tiny/model.safetensors").exists()
+        assert [p.name for p in Path(".gram/checkpoints/tiny").iterdir()] == ["step-0000010"]
+        grow(64 << 20)
+        train_run(load_run("tiny"))
+    assert outcome() == calm
+
+
+class Bomb:
+    """Leaves a file behind where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+def huge_header() -> bytes:
+    """A safetensors file that claims a header of 2^60 bytes."""
+    return struct.pack("<Q", 1 << 60) + b"{}"
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Bomb()), huge_header(), b""])
+def test_a_model_from_an_untrusted_place_is_refused(whole: Path, content: bytes) -> None:
+    import hashlib
+
+    path = Path("models/tiny/model.safetensors")
+    path.write_bytes(content)
+    about = json.loads(Path("models/tiny/config.json").read_text())
+    about["sha256"] = hashlib.sha256(content).hexdigest()
+    Path("models/tiny/config.json").write_text(json.dumps(about))
+    with pytest.raises(GramError, match=r"model\.safetensors: not weights") as caught:
+        sample_run(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Bomb()), huge_header()])
+@pytest.mark.parametrize("part", ["weights", "optimizer", "slots", "ema"])
+def test_a_checkpoint_from_an_untrusted_place_is_refused(
+    data: Path, content: bytes, part: str
+) -> None:
+    import hashlib
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipelines.train.averaged", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(load_run("tiny"))
+    patch.undo()
+    (folder,) = Path(".gram/checkpoints/tiny").glob("step-*")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / f"{part}.safetensors").write_bytes(content)
+    # Whoever can write the file can write its checksum too.
+    meta["sha256"][f"{part}.safetensors"] = hashlib.sha256(content).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    # A torch file beside them is no part of a checkpoint and is never opened.
+    (folder / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(GramError, match="damaged checkpoint") as caught:
+        train_run(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+    assert not Path("exploded").exists()
+
+
+def test_yaml_that_makes_objects_is_refused(folder: Path) -> None:
+    for text in (
+        "tasks: !!python/object/apply:pathlib.Path.touch [exploded]\nruns: {}\n",
+        "tasks: {a: !evil {}}\nruns: {a: {task: a}}\n",
+    ):
+        Path("params.yaml").write_text(text)
+        with pytest.raises(GramError, match=r"^params\.yaml, line 1: not valid YAML") as caught:
+            load_run("a")
+        assert "\n" not in str(caught.value)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "a\nb", ""])
+def test_names_that_leave_the_project_are_refused(folder: Path, name: str) -> None:
+    before = contents(folder.parent)
+    for section in ("runs", "tasks", "sweeps"):
+        document = params()
+        document.setdefault(section, {})[name] = {"task": "queens"}
+        write_params(document)
+        before = contents(folder.parent)
+        with pytest.raises(GramError, match="cannot be a name"):
+            load_run("tiny")
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train", name],
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert contents(folder.parent) == before
+
+
+@pytest.mark.parametrize("kind", ["pickle", "random", "nested"])
+def test_a_table_from_an_untrusted_place_is_refused(whole: Path, kind: str) -> None:
+    if kind == "pickle":
+        TABLE.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "random":
+        TABLE.write_bytes(b"PAR1" + np.random.default_rng(0).bytes(5000) + b"PAR1")
+    else:
+        import pyarrow.parquet as pq
+
+        metadata = {"gram.table": "trajectories", "gram.version": tables.VERSION}
+        odd = pa.table({"puzzle_id": [[{"deep": [1]}]]}).replace_schema_metadata(metadata)
+        pq.write_table(odd, TABLE)
+    with pytest.raises(GramError, match=r"trajectories\.parquet: ") as caught:
+        evaluate(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+    assert not Path("exploded").exists()
+
+
+ROWS = 1_000_000
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_evaluated_in_two_gigabytes(whole: Path) -> None:
+    """Every test puzzle of 10x10 queens, drawn often enough."""
+    changes = {
+        "tasks__queens__size": 8,
+        "tasks__queens__remove": [5, 6, 7],
+        "tasks__queens__split__test": 0.15,
+        "runs__tiny__sample__depth": 1,
+        "runs__tiny__sample__depths": [],
+    }
+    write_params(params(**changes))
+    make_data()
+    puzzles = pl.read_parquet("data/queens/test.parquet")["puzzle_id"].unique(maintain_order=True)
+    width = -(-ROWS // len(puzzles))
+    write_params(
+        params(
+            **changes,
+            runs__tiny__sample__width=width,
+            runs__tiny__evaluate__widths=[1, 20, width],
+        )
+    )
+    train_run(load_run("tiny"))
+    generator = np.random.default_rng(0)
+    answers = pl.read_parquet("data/queens/test.parquet")["target"].to_list()
+    answer = np.array(answers, dtype=np.uint8)
+
+    def parts() -> Iterator[pa.Table]:
+        for puzzle_id in puzzles:
+            chosen = answer[generator.integers(0, len(answer), width)]
+            yield pa.table(
+                {
+                    "puzzle_id": [puzzle_id] * width,
+                    "trajectory": np.arange(width),
+                    "depth": np.ones(width, int),
+                    "seed": np.zeros(width, int),
+                    "steps": np.ones(width, int),
+                    "halted": np.zeros(width, bool),
+                    "value": generator.random(width),
+                    "prediction": tables.tokens_array(chosen),
+                    "valid": generator.random(width) < 0.5,
+                    "exact": np.zeros(width, bool),
+                }
+            )
+
+    rows = tables.write_parts(TABLE, parts(), tables.trajectories_schema(64), {})
+    assert rows >= ROWS
+    code = (
+        "import resource, time\n"
+        "from pipelines.evaluate import evaluate\n"
+        "from pipelines.params import load_run\n"
+        "start = time.monotonic()\n"
+        "found = evaluate(load_run('tiny'))\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(round(time.monotonic() - start, 1), peak, len(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds, peak, count = done.stdout.split()
+    print(f"{rows:,} rows: {seconds} s, {int(peak) / 1024**2:.2f} GiB at most")
+    assert int(peak) * 1024 < 2_000_000_000
+    assert int(count) > 20

@@ -1,0 +1,132 @@
+"""`gram reproduce REV`: a clean worktree, what can be pulled, and the comparison."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from workspace import REPOSITORY, child_environment, params, write_params
+
+from pipelines.reproduce import Difference, compare, reproduce
+
+METRICS = Path("results/tiny/metrics.json")
+
+
+def git(*arguments: str) -> None:
+    own = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run(["git", *own, *arguments], check=True, capture_output=True)
+
+
+def commit(message: str) -> None:
+    git("add", "-A")
+    git("commit", "-qm", message)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of its own whose one run is built and committed."""
+    path = tmp_path_factory.mktemp("built")
+    for name in ("gram_core", "pipelines", "stages"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, path / name, ignore=ignore)
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, path / name)
+    (path / ".dvc").mkdir()
+    (path / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        document = params()
+        document["sweeps"] = {}
+        write_params(document)
+        git("init", "-q")
+        commit("start")
+        environment = {**child_environment(), "PYTHONPATH": str(path)}
+        subprocess.run(["dvc", "repro"], env=environment, check=True, capture_output=True)
+        commit("built")
+    finally:
+        os.chdir(before)
+    return path
+
+
+@pytest.fixture
+def at(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(built)
+    for name, value in child_environment().items():
+        monkeypatch.setenv(name, value)
+    return built
+
+
+def test_what_the_cache_has_is_not_run_again(at: Path, capfd: pytest.CaptureFixture) -> None:
+    assert reproduce("HEAD", []) == 0
+    out = capfd.readouterr().out
+    assert "Running stage" not in out
+    assert "0 outside" in out
+    assert not list(Path(".gram/reproduce").iterdir())
+
+
+@pytest.mark.slow
+def test_forced_it_is_built_anew_and_agrees(at: Path, capfd: pytest.CaptureFixture) -> None:
+    assert reproduce("HEAD", ["tiny"], force=True) == 0
+    captured = capfd.readouterr()
+    assert "evaluate@tiny" in captured.out
+    total = len([n for n in json.loads(METRICS.read_text()) if not n.endswith(("_low", "_high"))])
+    assert f"{total} metrics compared: {total} equal" in captured.out
+
+
+def test_a_metric_that_was_never_reached_is_told(at: Path, capfd: pytest.CaptureFixture) -> None:
+    text = METRICS.read_text()
+    recorded = json.loads(text)
+    recorded["coverage@3"] = recorded["coverage@3_low"] = recorded["coverage@3_high"] = 0.99
+    METRICS.write_text(json.dumps(recorded, indent=2) + "\n")
+    commit("too good")
+    try:
+        assert reproduce("HEAD", []) == 1
+        out = capfd.readouterr().out
+        assert "tiny: coverage@3: recorded 0.99 [0.99, 0.99], found 0" in out
+        assert "1 outside" in out
+    finally:
+        git("reset", "-q", "--hard", "HEAD~1")
+        METRICS.write_text(text)
+
+
+def test_other_revisions_and_runs_are_refused(at: Path) -> None:
+    from gram_core.errors import GramError
+
+    with pytest.raises(GramError, match="nowhere: no such revision"):
+        reproduce("nowhere", [])
+    with pytest.raises(GramError, match="no metrics of nobody are recorded"):
+        reproduce("HEAD", ["nobody"])
+    with pytest.raises(GramError, match="HEAD~1: has no recorded metrics of any run"):
+        reproduce("HEAD~1", [])
+    assert not list(Path(".gram/reproduce").iterdir())
+
+
+def test_the_checkout_stays_as_it_was(at: Path) -> None:
+    changed = METRICS.read_text() + "\n"
+    METRICS.write_text(changed)
+    try:
+        assert reproduce("HEAD", []) == 0
+        assert METRICS.read_text() == changed
+    finally:
+        git("checkout", "-q", str(METRICS))
+
+
+def test_intervals_decide(tmp_path: Path) -> None:
+    path = Path("results/a/metrics.json")
+    recorded = {path: {"x": 0.5, "x_low": 0.4, "x_high": 0.6, "n": 3.0, "train_seconds": 9.0}}
+    found = {"x": 0.59, "x_low": 0.0, "x_high": 1.0, "n": 3.0}
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(json.dumps(found))
+    rows = {row.name: row for row in compare(recorded, tmp_path)}
+    assert rows.keys() == {"x", "n"}
+    assert all(row.within for row in rows.values())
+    for name, value, within in (("x", 0.61, False), ("x", 0.4, True), ("n", 3.1, False)):
+        (tmp_path / path).write_text(json.dumps({**found, name: value}))
+        (row,) = (row for row in compare(recorded, tmp_path) if row.name == name)
+        assert row.within is within
+    (tmp_path / path).unlink()
+    assert not any(row.within for row in compare(recorded, tmp_path))
+    assert "found missing" in Difference("a", "x", 1.0, None, 0.0, 2.0).line()

@@ -1,0 +1,295 @@
+"""Sweeps: searches and schedulers, a killed one, the table, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from ruamel.yaml import YAML
+from s3 import S3Server
+from workspace import child_environment, make_data, params, write_params
+
+from gram_core import tables
+from gram_core.config import ConfigError
+from gram_core.errors import GramError
+from pipelines.cluster import cluster
+from pipelines.params import FILE
+from pipelines.promote import promotion
+from pipelines.space import load_sweep, run_with
+from pipelines.sweep import sweep
+
+TABLE = Path("results/sweeps/lr/trials.parquet")
+SPACE = {"train.optim.lr": {"loguniform": [1e-3, 1e-2]}, "objective.beta": {"choice": [0.5, 2.0]}}
+
+
+def document(**settings: Any) -> dict[str, Any]:
+    """params.yaml with a sweep of the tiny run."""
+    whole = params()
+    whole["sweeps"] = {"lr": {"run": "tiny", "space": SPACE, "trials": 3, **settings}}
+    return whole
+
+
+def rows() -> list[dict[str, Any]]:
+    """The table of trials, its maps as mappings."""
+    found: list[dict[str, Any]] = tables.read(TABLE, "trials").to_pylist()
+    for row in found:
+        row["params"] = {key: json.loads(value) for key, value in row["params"]}
+        row["metrics"] = dict(row["metrics"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A workspace with a sweep done, and the Ray it ran on."""
+    path = tmp_path_factory.mktemp("swept")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(path)
+    write_params(document())
+    make_data()
+    try:
+        with cluster(cpus=2):
+            sweep("lr")
+            yield path
+    finally:
+        patch.undo()
+
+
+@pytest.fixture
+def at(swept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(swept)
+    return swept
+
+
+@pytest.mark.ray
+def test_table_has_a_row_a_trial_and_report(at: Path) -> None:
+    found = rows()
+    assert [(row["number"], row["step"]) for row in found] == [
+        (number, step) for number in range(3) for step in (2, 4, 6, 8, 10, 12)
+    ]
+    for row in found:
+        assert row["state"] == "TERMINATED"
+        assert row["sweep"] == "lr"
+        assert 1e-3 <= row["params"]["train.optim.lr"] <= 1e-2
+        assert row["params"]["objective.beta"] in (0.5, 2.0)
+        assert row["metrics"]["reconstruction"] > 0
+        assert row["seconds"] > 0
+    assert len({row["params"]["train.optim.lr"] for row in found}) == 3
+    made = tables.provenance(tables.read(TABLE, "trials"))
+    assert (made["run"], made["metric"], made["mode"]) == ("tiny", "prior_valid", "max")
+    assert made["seed"] == 0 and made["packages"]["ray"] != "absent"
+    assert not Path(".gram/sweeps/lr").exists(), "what was in progress is gone"
+
+
+@pytest.mark.ray
+def test_a_trial_trains_as_the_run_with_its_values_does(at: Path) -> None:
+    from pipelines.train import train_run
+
+    row = rows()[-1]
+    config, whole = load_sweep("lr")
+    train_run(run_with(whole, config, row["params"]))
+    history = pl.read_csv("models/tiny/history.csv")
+    for name in ("reconstruction", "kl"):
+        assert history[name][-1] == pytest.approx(row["metrics"][name], rel=1e-4)
+
+
+@pytest.mark.ray
+def test_the_best_trial_is_a_patch_that_applies(at: Path) -> None:
+    patch = promotion("lr")
+    best = max(
+        (row for row in rows() if row["step"] == 12),
+        key=lambda row: (row["metrics"].get("prior_valid", -1.0), -row["number"]),
+    )
+    before = Path("params.yaml").read_text()
+    try:
+        subprocess.run(["git", "apply", "-"], input=patch, text=True, check=True, cwd=at)
+        after = YAML(typ="safe").load(Path("params.yaml").read_text())
+        wanted = YAML(typ="safe").load(before)
+        run = wanted["runs"]["tiny"]
+        run["train"]["optim"]["lr"] = best["params"]["train.optim.lr"]
+        run["objective"]["beta"] = best["params"]["objective.beta"]
+        assert after == wanted
+    finally:
+        Path("params.yaml").write_text(before)
+    assert "dvc exp run -S runs.tiny.train.optim.lr=" in patch
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"search": "optuna", "concurrent": 1},
+        {"scheduler": "asha", "grace": 1, "trials": 6, "reduction": 2},
+        {"scheduler": "pbt", "grace": 3, "trials": 2},
+        {
+            "search": "grid",
+            "trials": 1,
+            "space": {"model.T": {"grid": [1, 2]}, "train.optim.lr": {"grid": [0.001, 0.002]}},
+        },
+    ],
+    ids=["optuna", "asha", "pbt", "grid"],
+)
+def test_searches_and_schedulers(at: Path, settings: dict[str, Any]) -> None:
+    before = TABLE.read_bytes()
+    try:
+        write_params(document(**settings))
+        sweep("lr")
+        found = rows()
+        trials = {row["number"]: row["params"] for row in found}
+        last = {row["number"]: row["step"] for row in found}
+        assert all(row["state"] == "TERMINATED" for row in found)
+        keys = [(row["number"], row["step"]) for row in found]
+        assert len(set(keys)) == len(keys)
+        if settings.get("search") == "grid":
+            assert {(p["model.T"], p["train.optim.lr"]) for p in trials.values()} == {
+                (1, 0.001), (1, 0.002), (2, 0.001), (2, 0.002),
+            }  # fmt: skip
+        else:
+            assert len(trials) == settings.get("trials", 3)
+        if settings.get("scheduler") == "asha":
+            assert max(last.values()) == 12
+            assert min(last.values()) < 12, "some were stopped early"
+        else:
+            assert set(last.values()) == {12}
+    finally:
+        write_params(document())
+        TABLE.write_bytes(before)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(folder: Path) -> None:
+    settings = {"trials": 6, "fixed": {"train.steps": 200}, "concurrent": 1}
+    write_params(document(**settings))
+    make_data()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "sweep", "lr"],
+        env=child_environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    progress = Path(".gram/sweeps/lr/run")
+
+    def finished() -> set[str]:
+        """Trials whose last report is in their files."""
+        done = set()
+        for path in progress.glob("trial_*/result.json"):
+            lines = path.read_text().splitlines()
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] == 200:
+                done.add(path.parent.name)
+        return done
+
+    while len(finished()) < 2 and process.poll() is None:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(6)  # Ray's own processes end once they miss the driver
+    assert not TABLE.exists()
+    had = {
+        name: (progress / name / "result.json").stat().st_mtime_ns for name in sorted(finished())
+    }
+    assert 2 <= len(had) < 6
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "sweep", "lr", "--resume"],
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows()
+    assert [(row["number"], row["step"]) for row in found] == [
+        (number, step) for number in range(6) for step in range(2, 201, 2)
+    ]
+    # A trial that was done was not run again: its reports are those of before the kill.
+    began = tables.provenance(tables.read(TABLE, "trials"))
+    assert began["sweep"] == "lr"
+    assert sum(f"trial_{i}" in done.stdout for i in range(6)) <= 6
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.slow
+def test_a_sweep_that_keeps_its_state_in_s3(folder: Path, tmp_path_factory: Any) -> None:
+    with S3Server(tmp_path_factory.mktemp("objects") / "buckets") as server:
+        server.bucket("sweeps")
+        write_params(document(storage="s3://sweeps/here", trials=2))
+        make_data()
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", "sweep", "lr"],
+            env={**child_environment(), **server.environment()},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(rows()) == 12
+        for path in Path().rglob("*"):
+            assert not path.is_file() or server.secret.encode() not in path.read_bytes(), path
+        assert server.secret not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"run": "nobody"}, "no entry 'nobody' in 'runs'"),
+        ({"space": {}}, "space: has no setting to search"),
+        ({"space": {"train.optim.lr": {"normal": [0, 1]}}}, "expected one of uniform, loguniform"),
+        ({"space": {"train.optim.lr": {"uniform": [1, 0]}}}, r"expected \[low, high\]"),
+        ({"space": {"train.optim.lr": {"loguniform": [0, 1]}}}, "low must be above 0"),
+        ({"space": {"train.optim.lr": {"choice": []}}}, "expected a list"),
+        ({"space": {"train.optim.rate": {"choice": [1]}}}, "train.optim.rate: unknown key"),
+        ({"space": {"sample.width": {"choice": [1]}}}, "a sweep chooses among model"),
+        ({"space": {"train.steps": {"choice": [-1]}}}, r"train.steps: Expected `int` >= 1"),
+        ({"space": {"train.batch.size": {"choice": [1]}}}, "batch is no section"),
+        ({"search": "grid"}, "search: grid takes only 'grid'"),
+        ({"search": "optuna", "space": {"model.T": {"grid": [1]}}}, "takes no 'grid'"),
+        ({"scheduler": "pbt", "space": {"model.T": {"choice": [1]}}}, "pbt can change only"),
+        ({"scheduler": "pbt", "search": "optuna"}, "pbt searches by itself"),
+        ({"metric": "speed"}, "metric: expected one of reconstruction"),
+        ({"storage": "ftp://x/y"}, "cannot use ftp://"),
+        ({"trails": 3}, "did you mean 'trials'"),
+        ({"fixed": {"train.colour": 1}}, "train.colour: unknown key"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(
+    folder: Path, settings: dict[str, Any], words: str
+) -> None:
+    write_params(document(**settings))
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_sweep("lr")
+    assert "\n" not in str(caught.value)
+    assert "params.yaml: " in str(caught.value)
+
+
+def test_an_unknown_sweep_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no entry 'lr' in 'sweeps'; there are: none"):
+        load_sweep("lr")
+
+
+def test_promotion_without_a_table_is_one_line(folder: Path) -> None:
+    write_params(document())
+    with pytest.raises(GramError, match=r"trials\.parquet: no such table"):
+        promotion("lr")
+
+
+def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
+    """A patch of the real params.yaml touches the promoted lines alone."""
+    from workspace import REPOSITORY
+
+    Path("params.yaml").write_text((REPOSITORY / FILE).read_text())
+    trial = {
+        "sweep": "nqueens8", "trial": "a", "number": 0, "state": "TERMINATED", "step": 5,
+        "seconds": 1.0, "params": [("train.optim.lr", "0.5")], "metrics": [("prior_valid", 1.0)],
+    }  # fmt: skip
+    about = {"run": "nqueens8_gram", "metric": "prior_valid", "mode": "max"}
+    table = pa.Table.from_pylist([trial], schema=tables.trials_schema())
+    path = Path("results/sweeps/nqueens8/trials.parquet")
+    tables.write(path, table, tables.trials_schema(), about)
+    changed = [
+        line for line in promotion("nqueens8").splitlines()
+        if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]  # fmt: skip
+    assert changed == ["-        lr: 0.002", "+        lr: 0.5"]
