@@ -86,9 +86,7 @@ class DeepSpeedEngine:
     def shares(self, whole: Sequence[Tensor]) -> list[Tensor]:
         if self.stage < 3:
             return list(whole)
-        return [
-            self._shard(tensor, p) for tensor, p in zip(whole, self._parameters(), strict=True)
-        ]
+        return [self._shard(tensor, p) for tensor, p in zip(whole, self._parameters(), strict=True)]
 
     def _shard(self, whole: Tensor, parameter: Any) -> Tensor:
         size: int = parameter.ds_tensor.numel()

@@ -8,6 +8,7 @@ together from them.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -41,7 +42,8 @@ SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus")
 
 class Sampler:
     """A model ready to sample. Called by Ray Data with a batch of columns, it gives one row a
-    finished block: its name and rows, and its content unless it put that into `store` itself."""
+    finished block: its name, the seconds it took, and its content unless it put that into `store`
+    itself."""
 
     def __init__(
         self,
@@ -64,8 +66,9 @@ class Sampler:
         and `targets` (the known answers of each puzzle as one string of bytes), and for each row
         its `block` and which trajectories that is: `first`, `count`."""
         post = self.board.post if self.board is not None else lambda message: None
-        finished: dict[str, list[Any]] = {"name": [], "trajectories": [], "content": []}
+        finished: dict[str, list[Any]] = {"name": [], "seconds": [], "content": []}
         for number in np.unique(batch["block"]):
+            start = time.perf_counter()
             mine = {key: column[batch["block"] == number] for key, column in batch.items()}
             ids = [str(i) for i in mine["puzzle_id"]]
             inputs = torch.from_numpy(np.stack(list(mine["inputs"])).astype(np.uint8))
@@ -84,7 +87,7 @@ class Sampler:
             if self.store is not None:
                 self.store.put(name, content)
             finished["name"].append(name)
-            finished["trajectories"].append(block.trajectories)
+            finished["seconds"].append(time.perf_counter() - start)
             finished["content"].append(b"" if self.store is not None else content)
         return finished
 
@@ -239,7 +242,7 @@ class _Bar:
 def sample_here(
     job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
 ) -> None:
-    """Finish the blocks in this process."""
+    """Finish the blocks in this process, which is nobody `apart`."""
     cores = job.config.cores or threads()
     cost = calibrate(job.model, job.puzzles, job.config, cores)
     say(f"sample {job.name}: {cost.line(1)}")
@@ -255,10 +258,11 @@ def sample_here(
 
 def sample_on_ray(
     job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
-) -> None:
+) -> tuple[float, float]:
     """Finish the blocks on a pool of Ray Data's actors, which grows and shrinks within its
     bounds. A block whose worker dies is begun again on another. With `apart`, the
-    workers put finished blocks where they belong by themselves."""
+    workers put finished blocks where they belong by themselves. Returns the seconds that passed
+    from the asking for workers on, and the seconds that workers spent on blocks."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -295,9 +299,11 @@ def sample_on_ray(
             num_gpus=gpus,
             batch_size=None,
         )  # fmt: skip
+        start, busy = time.perf_counter(), 0.0
         try:
             with board.listening(lambda message: progress(*message)):
                 for row in finished.iter_rows():
+                    busy += row["seconds"]
                     if not apart:
                         store.put(row["name"], row["content"])
                     store.add(row["name"])
@@ -306,3 +312,6 @@ def sample_on_ray(
             if isinstance(cause, GramError):
                 raise cause from None
             raise
+        wall = time.perf_counter() - start
+    say(f"sample {job.name}: {wall:.1f} s, {1 - busy / most / wall:.0%} of it Ray's")
+    return wall, busy
