@@ -5,6 +5,7 @@ must be there before torch is: on a virtual machine the allocator decides the sp
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,15 +44,25 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
     missing = {k: v for k, v in environment().items() if k not in os.environ}
     if missing and sys.platform == "linux":
         os.environ.update(missing)
+        # A Ctrl-C while Python starts again waits for the block below, which ends with one line.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+    try:
+        if sys.platform == "linux":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        sys.exit(_told(main))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", code=130))
+
+
+def _told(main: Callable[[Sequence[str]], int | None]) -> int:
+    """The exit code of `main`; an error that a user can mend is told."""
     from gram_core.errors import GramError
 
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        return main(sys.argv[1:]) or 0
     except GramError as error:
-        sys.exit(fail(str(error)))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", code=130))
+        return fail(str(error))
 
 
 def fail(message: str, code: int = 1) -> int:

@@ -115,7 +115,9 @@ def sweep(name: str, *, resume: bool = False) -> int:
     settings = json.dumps(
         {"sweep": dump(config), "run": params["runs"][config.run]}, sort_keys=True
     )
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the table of trials, not the log of them
+    # The table of trials, not the log of them; and Ctrl-C leaves the sweep to be resumed, where
+    # Tune by itself would end it early as if it were done.
+    os.environ.update({"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"})
     with cluster():
         _reachable(name, config)
         function = tune.with_resources(

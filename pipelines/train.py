@@ -255,8 +255,12 @@ def _fit(
         ),
         run_config=RunConfig(name=job.name, storage_path=str((WORK / "ray").absolute())),
     )
-    with board.listening(receive):
-        trained: Trained = trainer.fit().return_value
+    try:
+        with board.listening(receive):
+            trained: Trained = trainer.fit().return_value
+    except SystemExit:
+        # Ray's own answer to Ctrl-C, with the exit code of success.
+        raise KeyboardInterrupt from None
     return trained
 
 

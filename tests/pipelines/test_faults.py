@@ -70,9 +70,9 @@ def killing(names: str, times: int, ready: Callable[[], bool]) -> Iterator[list[
 @pytest.mark.slow
 def test_sampling_survives_five_killed_workers(data: Path) -> None:
     changes = {
-        "runs__tiny__model__dim": 64,
-        "runs__tiny__model__ffn": 256,
-        "runs__tiny__model__K": 8,
+        "runs__tiny__model__dim": 32,
+        "runs__tiny__model__ffn": 64,
+        "runs__tiny__model__K": 6,
         "runs__tiny__sample__width": 30,
         "runs__tiny__sample__depth": 10,
         "runs__tiny__sample__depths": [1],
@@ -199,7 +199,9 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
-@pytest.mark.parametrize("engine", ["plain", pytest.param("deepspeed", marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    "engine", ["plain", pytest.param("deepspeed", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     data: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def undisturbed(path: Path, **changes: Any) -> Path:
         if (REPOSITORY / name).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, path / name)
-    write_params(params(**{**SETTINGS, **changes}), path)
+    write_params(params(sweeps={}, **{**SETTINGS, **changes}), path)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         subprocess.run([*git, *command], cwd=path, check=True)

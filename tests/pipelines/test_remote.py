@@ -58,10 +58,10 @@ def project(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (REPOSITORY / name).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, path / name)
-    write_params(PARAMS, path)
+    shutil.copytree(done, path, dirs_exist_ok=True)
+    write_params({**PARAMS, "sweeps": {}}, path)
     profile = path / "pipelines/conf/profile/tiny.yaml"
     profile.write_text("# @package _global_\n" + (path / "params.yaml").read_text())
-    shutil.copytree(done, path, dirs_exist_ok=True)
     build(path, read_params(path / "params.yaml")["runs"], path / "report")
     git(path, "init", "-q")
     well(dvc(path, "remote", "add", "-q", "-d", "s3", "s3://remote/dvc"))

@@ -43,6 +43,7 @@ PARAMS: dict[str, Any] = {
             "evaluate": {"widths": [1, 3], "resamples": 100},
         }
     },
+    "sweeps": {},
 }  # fmt: skip
 
 
