@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray._private import ray_constants
+
 from gram_core.errors import GramError
 from pipelines.runtime import environment, loopback, threads
-
-# Ray reads its environment when it is imported.
-os.environ.update(loopback())
-import ray
 
 
 @contextmanager
@@ -31,6 +30,10 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     if address:
         _reach(address)
     local = {} if address else {"num_cpus": cpus or threads(), "include_dashboard": False}
+    if not address:
+        # For the processes that Ray starts; and what it has read of it in this one.
+        os.environ.update(loopback())
+        ray_constants.ENABLE_RAY_CLUSTER = False
     quiet = ("ray", "ray.data", "ray.train", "ray.tune")
     for name in quiet:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -185,7 +185,6 @@ def ray_worker(config: dict[str, Any]) -> Trained:
 def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
     """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine. Where a worker dies,
     all start again from the newest checkpoint, `train.restarts` times."""
-    from ray.exceptions import RayError
     from ray.train import WorkerGroupError
 
     from pipelines.cluster import cluster
@@ -205,18 +204,27 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
                 known = next((f for f in failures if isinstance(f, GramError)), None)
                 if known is not None:
                     raise known from None
-                dead = next((f for f in failures if isinstance(f, RayError)), None)
+                dead = next((f for f in failures if _is_death(f)), None)
                 if dead is None:
                     raise
                 if restart == job.train.restarts:
                     raise GramError(
-                        f"train {job.name}: a worker died, after {restart} restarts: {dead}"
+                        f"train {job.name}: a worker died, after {restart} restarts; start it "
+                        "again to go on from the newest checkpoint"
                     ) from None
                 say(
                     f"train {job.name}: a worker died; all go on from the newest checkpoint "
                     f"(restart {restart + 1} of {job.train.restarts})"
                 )
     raise AssertionError("the last restart returns or raises")
+
+
+def _is_death(failure: BaseException) -> bool:
+    """Whether a worker was lost, rather than failed by itself. Ray Train wraps it in an error of
+    its own, which it does not export."""
+    from ray.exceptions import RayError
+
+    return isinstance(failure, RayError) or hasattr(failure, "health_check_failure")
 
 
 def _fit(

@@ -167,7 +167,7 @@ def test_training_goes_on_after_a_killed_worker(data: Path, capfd: pytest.Captur
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_whose_workers_keep_dying_ends_with_one_line(data: Path) -> None:
-    changes = {"engine": "deepspeed", "steps": 4000, "restarts": 0}
+    changes = {"engine": "deepspeed", "steps": 20000, "restarts": 0}
     write_params(params(**{f"runs__tiny__train__{k}": v for k, v in changes.items()}))
     folder = Path(".gram/checkpoints/tiny")
     ready = lambda: bool(list(folder.glob("step-*")))  # noqa: E731
