@@ -1,13 +1,13 @@
 """dvc.yaml: every stage depends on the code it imports; one changed key reruns what it must."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import grimp
 import pytest
+from checkout import commit, copy_code, git
 from ruamel.yaml import YAML
 from workspace import REPOSITORY, child_environment
 
@@ -58,18 +58,9 @@ def test_dependencies_are_the_imports(stage: str, graph: grimp.ImportGraph) -> N
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of its own with the smoke profile's first task rebuilt in it."""
     path = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in listed:
-        source = REPOSITORY / name
-        if source.is_file() and not name.startswith(("models/", "results/", "dvc.lock")):
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, path / name)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
-        subprocess.run([*git, *command], cwd=path, check=True)
+    copy_code(path)
+    git(path, "init", "-q")
+    commit(path)
     whole = YAML(typ="safe").load((REPOSITORY / "pipelines/conf/profile/smoke.yaml").read_text())
     kept = {"tasks": {"nqueens5"}, "runs": {"smoke_gram", "smoke_twin"}}
     others = [f"~{part}.{name}" for part in kept for name in set(whole[part]) - kept[part]]

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from checkout import commit, copy_code, git
 from ruamel.yaml import YAML
-from workspace import REPOSITORY, make_data, make_run, params, write_params
+from workspace import make_data, make_run, params, write_params
 
 from pipelines.params import read_params
 from pipelines.report.build import build
@@ -30,19 +31,10 @@ SETTINGS = {
 
 def undisturbed(path: Path, **changes: Any) -> Path:
     """A checkout with every stage done and DVC's knowledge of it, made without interruption."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--",
-         ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "gram_core", "pipelines", "stages"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in listed:
-        if (REPOSITORY / name).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, path / name)
+    copy_code(path)
     write_params(params(sweeps={}, **{**SETTINGS, **changes}), path)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
-        subprocess.run([*git, *command], cwd=path, check=True)
+    git(path, "init", "-q")
+    commit(path)
     before = Path.cwd()
     os.chdir(path)
     try:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from checkout import commit, copy_code, git
 from s3 import FaultProxy, S3Server
-from workspace import PARAMS, REPOSITORY, contents, write_params
+from workspace import PARAMS, contents, write_params
 
 from pipelines.params import read_params
 from pipelines.report.build import build
@@ -49,15 +50,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with one task and one run, whose results are DVC's but not pushed yet."""
     path = tmp_path_factory.mktemp("project")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--",
-         ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "gram_core", "pipelines", "stages"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in listed:
-        if (REPOSITORY / name).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, path / name)
+    copy_code(path)
     shutil.copytree(done, path, dirs_exist_ok=True)
     write_params({**PARAMS, "sweeps": {}}, path)
     profile = path / "pipelines/conf/profile/tiny.yaml"
@@ -68,16 +61,6 @@ def project(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     well(dvc(path, "commit", "-q", "-f"))
     commit(path)
     return path
-
-
-def git(path: Path, *arguments: str) -> None:
-    name = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    subprocess.run(["git", *name, *arguments], cwd=path, check=True, capture_output=True)
-
-
-def commit(path: Path) -> None:
-    git(path, "add", "-A")
-    git(path, "commit", "-qm", "start")
 
 
 def clone(source: Path, path: Path) -> Path:

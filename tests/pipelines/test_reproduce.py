@@ -2,50 +2,32 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from workspace import REPOSITORY, child_environment, params, write_params
+from checkout import PIPELINE, commit, copy_code, git
+from workspace import PARAMS, child_environment, write_params
 
 from pipelines.reproduce import Difference, compare, reproduce
 
 METRICS = Path("results/tiny/metrics.json")
 
 
-def git(*arguments: str) -> None:
-    own = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    subprocess.run(["git", *own, *arguments], check=True, capture_output=True)
-
-
-def commit(message: str) -> None:
-    git("add", "-A")
-    git("commit", "-qm", message)
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of its own whose one run is built and committed."""
     path = tmp_path_factory.mktemp("built")
-    for name in ("gram_core", "pipelines", "stages"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPOSITORY / name, path / name, ignore=ignore)
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock"):
-        shutil.copy(REPOSITORY / name, path / name)
-    (path / ".dvc").mkdir()
-    (path / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    copy_code(path, (*PIPELINE, "requirements.lock"))
     before = Path.cwd()
     os.chdir(path)
     try:
-        document = params()
-        document["sweeps"] = {}
-        write_params(document)
-        git("init", "-q")
-        commit("start")
+        write_params(PARAMS)
+        git(path, "init", "-q")
+        commit(path)
         environment = {**child_environment(), "PYTHONPATH": str(path)}
         subprocess.run(["dvc", "repro"], env=environment, check=True, capture_output=True)
-        commit("built")
+        commit(path, "built")
     finally:
         os.chdir(before)
     return path
@@ -81,14 +63,14 @@ def test_a_metric_that_was_never_reached_is_told(at: Path, capfd: pytest.Capture
     recorded = json.loads(text)
     recorded["coverage@3"] = recorded["coverage@3_low"] = recorded["coverage@3_high"] = 0.99
     METRICS.write_text(json.dumps(recorded, indent=2) + "\n")
-    commit("too good")
+    commit(at, "too good")
     try:
         assert reproduce("HEAD", []) == 1
         out = capfd.readouterr().out
         assert "tiny: coverage@3: recorded 0.99 [0.99, 0.99], found 0" in out
         assert "1 outside" in out
     finally:
-        git("reset", "-q", "--hard", "HEAD~1")
+        git(at, "reset", "-q", "--hard", "HEAD~1")
         METRICS.write_text(text)
 
 
@@ -111,7 +93,7 @@ def test_the_checkout_stays_as_it_was(at: Path) -> None:
         assert reproduce("HEAD", []) == 0
         assert METRICS.read_text() == changed
     finally:
-        git("checkout", "-q", str(METRICS))
+        git(at, "checkout", "-q", str(METRICS))
 
 
 def test_intervals_decide(tmp_path: Path) -> None:
