@@ -23,8 +23,8 @@ def promotion(name: str, path: Path = FILE) -> str:
         raise GramError(f"sweep {name}: its run {found.run!r} is no longer in {path}")
     yaml = YAML()
     yaml.width = 1 << 16
-    document = yaml.load(path.read_text())
-    before = _dumped(yaml, document)
+    before = path.read_text()
+    document = yaml.load(before)
     for key, value in best.params.items():
         put(document["runs"][found.run], key, value)
     after = _dumped(yaml, document)
