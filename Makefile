@@ -50,11 +50,13 @@ ablation: $(READY)
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation settings
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation profile
 
-## bench: training and sampling speed as ratios, data a second, what ARC would cost
+## bench: training and sampling speed as ratios, data a second, what ARC would cost, two workers
+## against one (this last wants models/nqueens8_gram: make repro)
 bench: $(READY)
 	python -m benchmarks.speed
 	python -m benchmarks.data
 	python -m benchmarks.arc_cost
+	python -m benchmarks.workers
 
 clean:
 	rm -rf .venv

@@ -140,9 +140,12 @@ def _rebuild(tree: Path, runs: Sequence[str], *, force: bool) -> None:
     remotes = subprocess.run(
         [_dvc(), "remote", "list"], cwd=tree, capture_output=True, text=True, check=False
     ).stdout
-    pull = ["--pull", "--allow-missing"] if remotes.strip() and not force else []
-    # Metrics are outputs too; without them DVC has nothing to skip a stage with but its cache.
-    command = [_dvc(), "repro", *(["--force"] if force else pull), *targets]
+    if not force:
+        # Outputs persist, so `dvc repro` takes none from the cache by itself.
+        bring = "pull" if remotes.strip() else "checkout"
+        if _run([_dvc(), bring, "--quiet", "--allow-missing", *targets], tree):
+            say(f"dvc {bring} did not bring everything; the rest is run")
+    command = [_dvc(), "repro", *(["--force"] if force else []), *targets]
     say(f"in {tree}: {' '.join(['dvc', *command[1:]])}")
     code = _run(command, tree)
     if code:
