@@ -118,7 +118,7 @@ def test_the_best_trial_is_a_patch_that_applies(at: Path) -> None:
         assert after == wanted
     finally:
         Path("params.yaml").write_text(before)
-    assert "dvc exp run -S runs.tiny.train.optim.lr=" in patch
+    assert "-S runs.tiny.train.optim.lr=" in patch
 
 
 @pytest.mark.ray
