@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gram_core.errors import GramError
 from pipelines.runtime import environment, loopback, threads
@@ -63,16 +64,17 @@ def _code() -> dict[str, Any]:
     return {"py_modules": packages, "excludes": ["**/__pycache__"]}
 
 
-def worker_cores(workers: int, wanted: int | None) -> int:
+def worker_cores(workers: int, wanted: int | None, least: int | None = None) -> int:
     """CPU cores of each of `workers`: `wanted`, or an equal share of the cluster's that fits on
-    its largest node. Raises `GramError` where a local Ray has not that many; a cluster may grow."""
+    its largest node. Raises `GramError` where a local Ray has no place for `least` of them (by
+    default all); a cluster may grow."""
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     cores = wanted or max(1, int(min(max(nodes), sum(nodes) // workers)))
     fit = sum(int(cpus // cores) for cpus in nodes)
-    if fit < workers and "RAY_ADDRESS" not in os.environ:
+    if fit < (least or workers) and "RAY_ADDRESS" not in os.environ:
         raise GramError(
-            f"{workers} workers of {cores} CPU cores do not fit on this machine, whose Ray has "
-            f"{sum(nodes):.0f}; ask for fewer workers or cores"
+            f"{least or workers} workers of {cores} CPU cores do not fit on this machine, whose "
+            f"Ray has {sum(nodes):.0f}; ask for fewer workers or cores"
         )
     return cores
 
@@ -117,10 +119,11 @@ class _Desk:
         return await answer
 
     async def take(self, seconds: float) -> list[tuple[int, Any]]:
-        try:
-            await asyncio.wait_for(self.arrived.wait(), seconds)
-        except TimeoutError:
-            return []
+        if not self.arrived.is_set():
+            try:
+                await asyncio.wait_for(self.arrived.wait(), seconds)
+            except TimeoutError:
+                return []
         self.arrived.clear()
         taken, self.messages = self.messages, []
         return taken
@@ -134,7 +137,10 @@ class Board:
     `listening`, each message is handed to its function in a thread of the driver."""
 
     def __init__(self) -> None:
-        self.actor = ray.remote(num_cpus=0, max_concurrency=1000)(_Desk).remote()
+        # On the driver's own node: it must not be lost with a worker's.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        desk = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(_Desk)
+        self.actor = desk.remote()
 
     def post(self, message: Any) -> None:
         """Send from a worker and go on; arrives once."""

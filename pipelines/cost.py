@@ -1,5 +1,6 @@
 """What a sampling run will cost, from a short calibration: printed before it begins."""
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -50,7 +51,8 @@ def calibrate(model: GRAM, puzzles: Puzzles, config: SampleConfig, cores: int) -
             puzzles.inputs[rows],
             puzzles.puzzle[rows],
         )
-        model = model.to(device_name())
+        # A copy: the job's own model goes to workers that may have another device.
+        model = copy.deepcopy(model).to(device_name())
         # The first call of every kind pays for what later ones reuse.
         rollout(model, few, msgspec.structs.replace(config, width=1, depth=1, depths=()))
         start = time.perf_counter()

@@ -139,7 +139,7 @@ class DeepSpeedEngine:
         step = max(value for key, value in moments.items() if key.startswith("step."))
         for flat in self._flats():
             inner.state[flat] = {
-                "step": step.clone(),
+                "step": step.clone().to(flat.device),
                 **{kind: torch.zeros_like(flat) for kind in MOMENTS},
             }
         self._link()

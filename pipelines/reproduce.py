@@ -143,7 +143,8 @@ def _rebuild(tree: Path, runs: Sequence[str], *, force: bool) -> None:
     if not force:
         # Outputs persist, so `dvc repro` takes none from the cache by itself.
         bring = "pull" if remotes.strip() else "checkout"
-        if _run([_dvc(), bring, "--quiet", "--allow-missing", *targets], tree):
+        deps = ["--with-deps"] if targets else []
+        if _run([_dvc(), bring, "--quiet", "--allow-missing", *deps, *targets], tree):
             say(f"dvc {bring} did not bring everything; the rest is run")
     command = [_dvc(), "repro", *(["--force"] if force else []), *targets]
     say(f"in {tree}: {' '.join(['dvc', *command[1:]])}")
@@ -159,7 +160,9 @@ def _dvc() -> str:
 
 def _run(command: Sequence[str], folder: Path) -> int:
     """Run a command with the worktree's own code; its exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
+    # Stages call `python`, which is this one, environment active or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "PATH": path}
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 

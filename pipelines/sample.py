@@ -271,7 +271,7 @@ def sample_on_ray(
     config = job.config
     least, most = config.workers
     with cluster():
-        cores = worker_cores(least, config.cores)
+        cores = worker_cores(most, config.cores, least)
         gpus = config.num_gpus if config.num_gpus is not None else float(has_gpus())
         measure = calibrate
         if gpus and device_name() != "cuda":
@@ -282,6 +282,7 @@ def sample_on_ray(
         say(f"sample {job.name}: {cost.line(most)}")
         context = DataContext.get_current()
         context.enable_progress_bars = False
+        context.raise_original_map_exception = True
         # Blocks are wanted as they finish; their order is in their names.
         context.execution_options.preserve_order = False
         board = Board()

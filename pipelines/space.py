@@ -37,8 +37,9 @@ class SweepConfig(Config, frozen=True, kw_only=True):
     `uniform: [low, high]`, `loguniform: [low, high]`, `choice: [...]`, `grid: [...]`; `fixed`
     settles others for every trial. `trials` are how many are drawn (of a grid: how often it is gone
     through). ASHA judges after `grace` reports and keeps one in `reduction`; PBT copies the better
-    every `grace` reports. A trial has `cpus` and `gpus`; `concurrent` bounds how many run at once.
-    `storage` is an s3:// prefix for what a sweep in progress keeps; by default that is local."""
+    every `grace` reports. A trial has `cpus` and `gpus` (one where there are any);
+    `concurrent` bounds how many run at once. `storage` is an s3:// prefix for what a sweep in
+    progress keeps; by default that is local."""
 
     run: str
     space: dict[str, dict[str, Any]]
@@ -52,7 +53,7 @@ class SweepConfig(Config, frozen=True, kw_only=True):
     grace: PositiveInt = 2
     reduction: PositiveInt = 3
     cpus: PositiveInt = 1
-    gpus: NonNegativeFloat = 0.0
+    gpus: NonNegativeFloat | None = None
     concurrent: PositiveInt | None = None
     storage: str | None = None
 

@@ -27,7 +27,7 @@ from pipelines.dataset import examples, identifiers
 from pipelines.params import RESULTS, WORK
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say
-from pipelines.space import SweepConfig, load_sweep, run_with, tune_space
+from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
 from pipelines.train import Job, build_module, job_of, work
 
 SETTINGS = "sweep.json"
@@ -106,7 +106,7 @@ def sweep(name: str, *, resume: bool = False) -> int:
     `resume`, go on with what a killed sweep left. Raises `GramError`."""
     from ray import tune
 
-    from pipelines.cluster import cluster
+    from pipelines.cluster import cluster, has_gpus
 
     config, params = load_sweep(name)
     job, rows = _checked(params, config)
@@ -117,14 +117,21 @@ def sweep(name: str, *, resume: bool = False) -> int:
     )
     # The table of trials, not the log of them; and Ctrl-C leaves the sweep to be resumed, where
     # Tune by itself would end it early as if it were done.
-    os.environ.update({"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"})
+    # A report may lack the metric: a term that did not occur in its window.
+    os.environ.update(
+        {
+            "RAY_AIR_NEW_OUTPUT": "0",
+            "TUNE_DISABLE_SIGINT_HANDLER": "1",
+            "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        }
+    )
     with cluster():
         _reachable(name, config)
         function = tune.with_resources(
             tune.with_parameters(
                 trial, params=params, config=config, groups=job.identifiers, rows=rows
             ),
-            {"cpu": config.cpus, "gpu": config.gpus},
+            {"cpu": config.cpus, "gpu": float(has_gpus()) if config.gpus is None else config.gpus},
         )
         there = SETTINGS in storage.names(place)
         if resume and there:
@@ -148,6 +155,9 @@ def sweep(name: str, *, resume: bool = False) -> int:
             storage.write(storage.join(place, SETTINGS), settings.encode())
             tuner = _tuner(name, function, config, filesystem, folder)
         grid = tuner.fit()
+    if grid.num_errors == len(grid):
+        reason = " ".join(str(grid.errors[0]).split())[-200:]
+        raise GramError(f"sweep {name}: every trial failed ({reason}); --resume tries them again")
     table = trials_table(name, grid)
     path = RESULTS / "sweeps" / name / "trials.parquet"
     about = {
@@ -242,12 +252,24 @@ def _scheduler(config: SweepConfig) -> Any:
             grace_period=config.grace, reduction_factor=config.reduction, max_t=1_000_000
         )
     if config.scheduler == "pbt":
-        mutations = {k: v for k, v in tune_space(config).items() if not isinstance(v, dict)}
-        lists = {k: s["grid"] for k, s in config.space.items() if "grid" in s}
+        # Of a list PBT takes a neighbour; a range it stretches, and must be kept in.
+        space = tune_space(config)
+        ranges = {k: v for k, v in space.items() if next(iter(config.space[k])) in RANGES}
+        lists = {k: list(next(iter(s.values()))) for k, s in config.space.items()}
+        mutations = {**lists, **ranges}
+
+        def kept(values: dict[str, Any]) -> dict[str, Any]:
+            for key in ranges:
+                low, high = lists[key]
+                values[key] = min(high, max(low, values[key]))
+            return values
+
         return PopulationBasedTraining(
             time_attr="training_iteration",
             perturbation_interval=config.grace,
-            hyperparam_mutations={**mutations, **lists},
+            hyperparam_mutations=mutations,
+            custom_explore_fn=kept,
+            require_attrs=False,
             synch=False,
         )
     return None

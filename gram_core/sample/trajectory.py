@@ -52,7 +52,7 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     num_gpus: NonNegativeFloat | None = None
 
     def __post_init__(self) -> None:
-        if self.max_concurrency is not None and self.max_concurrency < max(1, self.concurrency):
+        if self.max_concurrency is not None and not 1 <= self.concurrency <= self.max_concurrency:
             raise ValueError(
                 f"max_concurrency {self.max_concurrency} must be at least concurrency "
                 f"{self.concurrency}, and that at least 1"

@@ -179,6 +179,8 @@ class Checkpoints:
             for mine, saved in zip(ema.average, engine.shares(whole), strict=True):
                 mine.copy_(saved)
             return Progress(meta["iteration"], meta["history"])
+        except torch.OutOfMemoryError:
+            raise
         except DAMAGE as error:
             raise damaged(found.where, error) from None
 
