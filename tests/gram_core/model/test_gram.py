@@ -12,7 +12,7 @@ from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.objective import ObjectiveConfig
 from gram_core.train.optim import OptimConfig
-from gram_core.train.slots import Reading, Slots
+from gram_core.train.slots import Slots
 
 D, F, V, LENGTH = 512, 512, 3, 64
 STACKS = 2 * 2 * (4 * D * D + 3 * D * F)
@@ -55,7 +55,7 @@ def test_the_papers_settings_train_and_sample(paper):
         paper, ObjectiveConfig(), lambda x, y: (x == y).all(-1), prior_rows=1, precision="fp32"
     )
     engine = PlainEngine(supervised, OptimConfig())
-    slots = Slots(paper, examples, 2, 16, Reading(0))
+    slots = Slots(paper, examples, 2, 16, 0)
     slots.refill()
     before = paper.recursion.f_l.blocks[0].mixing.qkv.weight.detach().clone()
     result = engine.forward(slots.batch(), torch.randn(3, 2, 16 + LENGTH, D))
