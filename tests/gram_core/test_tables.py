@@ -111,13 +111,13 @@ def test_columns_that_do_not_fit_are_refused_and_the_old_file_stays(path, break_
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(path, monkeypatch):
     before = stored(path)
 
-    def full_disk(table: pa.Table, where: Path, **settings: str) -> None:
-        Path(where).write_bytes(b"PAR1 half a ta")
+    def full_disk(writer: pq.ParquetWriter, table: pa.Table, **settings: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full_disk)
+    with pytest.raises(TableError, match="not written: .*No space left") as error:
         tables.write(path, sample("dataset"), SCHEMAS["dataset"], {"run": "b"})
+    assert_one_line(error, path)
     assert list(path.parent.iterdir()) == [path]
     assert pq.read_table(path).equals(before)
 
