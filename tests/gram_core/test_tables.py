@@ -115,7 +115,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full_disk)
-    with pytest.raises(TableError, match="not written: .*No space left") as error:
+    with pytest.raises(TableError, match=r"not written: .*No space left") as error:
         tables.write(path, sample("dataset"), SCHEMAS["dataset"], {"run": "b"})
     assert_one_line(error, path)
     assert list(path.parent.iterdir()) == [path]
