@@ -10,6 +10,7 @@ arguments name the variants to compute.
 
 import csv
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from gram_core.sample.trajectory import SampleConfig
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.tasks.registry import make_task
 from gram_core.train.engine import PlainEngine, Supervised, compiled
-from gram_core.train.loop import TrainConfig, make_slots, train
+from gram_core.train.loop import TrainConfig, averaged, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
+from pipelines.blocks import Block
 from pipelines.runtime import entry, say
 from pipelines.sample import Sampler
 
@@ -152,7 +154,7 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     )
     seconds = time.monotonic() - start
     bar.close()
-    ema.copy_to(model.parameters())
+    model.load_state_dict(averaged(engine, ema))
     last = progress.history[-1]
 
     test = pl.from_arrow(split.test)
@@ -165,7 +167,9 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     sample = load(SampleConfig, {**study.sample, "width": 20, "depth": 4}, "sample")
     sampler = Sampler(model.eval(), task, sample, 1)
     puzzles = Puzzles.of(rows["puzzle_id"].to_list(), held_out)
-    table = sampler.rows(puzzles, [set() for _ in range(study.inputs)], lambda finished: None)
+    block = Block(0, 0, study.inputs, 0, sample.width)
+    known: list[set[bytes]] = [set() for _ in range(study.inputs)]
+    table = sampler.rows(puzzles, known, block, lambda number, done: None)
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     found = summarise(
@@ -193,16 +197,18 @@ def table(study: Study, out: Path) -> str:
         its = rows.filter(pl.col("variant") == variant)
         if its.is_empty():
             continue
-        cells = [f"{its[name].mean():.3f}" for name in ("posterior_cross_entropy", "kl")]
+        columns = {name: its[name].to_numpy() for name in its.columns[2:]}
+        cells = [f"{columns[name].mean():.3f}" for name in ("posterior_cross_entropy", "kl")]
         for name in shown:
-            low, high = 100 * its[name].min(), 100 * its[name].max()
+            found = 100 * columns[name]
+            low, high = found.min(), found.max()
             spread = "" if high - low < 0.5 else f" ({low:.0f}–{high:.0f})"
-            cells.append(f"{100 * its[name].mean():.0f}{spread}")
+            cells.append(f"{found.mean():.0f}{spread}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Compute a study's missing rows; further arguments are the variants to compute."""
     name, *wanted = arguments or [""]
     if name not in STUDIES:

@@ -5,6 +5,7 @@ to the paper's batch and number of steps. Prints Markdown; the number in docs/ta
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -56,7 +57,7 @@ def seconds_a_slot(slots: int) -> float:
     return sorted(times[1:])[REPEATS // 2] / slots
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure and extrapolate."""
     slots = int(arguments[0]) if arguments else 4
     each = seconds_a_slot(slots)

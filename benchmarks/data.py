@@ -6,6 +6,7 @@ builds the paper's 13,465 + 192 graphs of 10 vertices with all their colourings.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def graphs(config: GraphColoringConfig) -> int:
     return len(colourings(made, config.vertices)[0])
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Time both, after one small call each to compile."""
     solve(np.zeros((1, 81), np.uint8), 9)
     small = GraphColoringConfig(vertices=10, train=10, test=1)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +96,7 @@ def child(arguments: dict[str, Any]) -> float:
     return float(done.stdout)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure everything and print the table."""
     print("| training step | steps a second | ratio |\n|---|---|---|", flush=True)
     base = 0.0

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -54,7 +55,7 @@ def once(run_name: str, workers: int) -> dict[str, float]:
     return {"wall": wall, "busy": busy, "work": work, "trajectories": trajectories}
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure in turn, and print the table."""
     run = arguments[0] if arguments else "nqueens8_gram"
     found: dict[int, list[dict[str, Any]]] = {1: [], 2: []}

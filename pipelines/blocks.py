@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gram_core.errors import GramError
 from gram_core.sample.trajectory import SampleConfig
 from pipelines import storage
 from pipelines.storage import StorageError
@@ -103,9 +102,3 @@ class BlockStore:
 
 def _checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def expect(rows: int, wanted: int, what: str) -> None:
-    """Raise `GramError` where not all rows came back."""
-    if rows != wanted:
-        raise GramError(f"{what}: {rows} rows came back, expected {wanted}")

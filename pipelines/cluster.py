@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,5 +180,7 @@ class Board:
         finally:
             stop.set()
             thread.join()
-            deliver(0.0)
-            ray.kill(self.actor)
+            # With a cluster that is gone there is nothing to hear, and what went wrong is known.
+            with suppress(ray.exceptions.RayError):
+                deliver(0.0)
+                ray.kill(self.actor)

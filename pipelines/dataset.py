@@ -73,17 +73,19 @@ def read(path: Path, task: Task) -> pa.Table:
     return table
 
 
-def publish(name: str, address: str) -> str:
+def publish(name: str, prefix: str) -> str:
     """Put the tables of a task where workers can read them, under a name made of their content,
     and return that address. Raises `StorageError`."""
     files = {part: DATA / name / part for part in ("train.parquet", "test.parquet")}
     content = {part: storage.read(str(path)) for part, path in files.items()}
     digest = hashlib.sha256(b"".join(content.values())).hexdigest()[:16]
-    folder = storage.join(address, name, digest)
+    folder = storage.join(prefix, name, digest)
     there = storage.names(folder)
     for part, whole in content.items():
-        if part not in there:
-            storage.write(storage.join(folder, part), whole)
+        address = storage.join(folder, part)
+        # One that was damaged since is put there again.
+        if part not in there or storage.read(address) != whole:
+            storage.write(address, whole)
     return folder
 
 

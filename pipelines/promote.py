@@ -31,12 +31,14 @@ def promotion(name: str, path: Path = FILE) -> str:
     patch = difflib.unified_diff(
         before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{path}", f"b/{path}"
     )
+    fixed = " ".join(f"{key}={value}" for key, value in found.fixed.items())
     overrides = [f"runs.{found.run}.{key}={value}" for key, value in best.params.items()]
     head = [
         f"# sweep {name}: {best.name}, best of {len(found.trials)} trials: {found.metric} "
         f"{best.value:.4g} at step {best.step}",
         "# apply: gram sweep NAME --promote | git apply   (and the same in the profile that",
         "# params.yaml is composed from, pipelines/conf/profile/)",
+        *([f"# every trial also had {fixed}; the patch leaves that to you"] if fixed else []),
         "# try: dvc exp run " + " ".join(f"-S {override}" for override in overrides),
     ]
     return "\n".join(head) + "\n" + "".join(patch)

@@ -66,7 +66,7 @@ def reproduce(revision: str, runs: Sequence[str], *, force: bool = False) -> int
             raise GramError(f"{revision}: has no recorded metrics of any run")
         _tell_packages(tree)
         _share(top, tree)
-        _rebuild(tree, runs, force=force)
+        ran = _rebuild(tree, runs, force=force)
         rows = list(compare(recorded, tree))
     finally:
         _remove(top, tree)
@@ -76,7 +76,12 @@ def reproduce(revision: str, runs: Sequence[str], *, force: bool = False) -> int
     exact = sum(row.found == row.recorded for row in rows)
     print(
         f"{revision} ({commit[:12]}): {len(rows)} metrics compared: {exact} equal, "
-        f"{len(rows) - exact - len(outside)} within their interval, {len(outside)} outside"
+        f"{len(rows) - exact - len(outside)} within their interval, {len(outside)} outside; "
+        + (
+            f"{ran} stages were run, the others' outputs are the recorded ones"
+            if ran
+            else "no stage had to be run: these are the recorded outputs; --force makes them anew"
+        )
     )
     return 1 if outside else 0
 
@@ -135,7 +140,8 @@ def _share(top: Path, tree: Path) -> None:
         raise GramError("dvc: the worktree cannot use this checkout's cache")
 
 
-def _rebuild(tree: Path, runs: Sequence[str], *, force: bool) -> None:
+def _rebuild(tree: Path, runs: Sequence[str], *, force: bool) -> int:
+    """Bring or make all outputs; how many stages were run."""
     targets = [f"evaluate@{run}" for run in runs]
     remotes = subprocess.run(
         [_dvc(), "remote", "list"], cwd=tree, capture_output=True, text=True, check=False
@@ -148,9 +154,19 @@ def _rebuild(tree: Path, runs: Sequence[str], *, force: bool) -> None:
             say(f"dvc {bring} did not bring everything; the rest is run")
     command = [_dvc(), "repro", *(["--force"] if force else []), *targets]
     say(f"in {tree}: {' '.join(['dvc', *command[1:]])}")
-    code = _run(command, tree)
-    if code:
-        raise GramError(f"dvc repro ended with exit code {code} in the worktree; see above")
+    ran = 0
+    with subprocess.Popen(
+        command, cwd=tree, env=_environment(tree), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            ran += line.startswith("Running stage")
+    if process.returncode:
+        raise GramError(
+            f"dvc repro ended with exit code {process.returncode} in the worktree; see above"
+        )
+    return ran
 
 
 def _dvc() -> str:
@@ -160,10 +176,13 @@ def _dvc() -> str:
 
 def _run(command: Sequence[str], folder: Path) -> int:
     """Run a command with the worktree's own code; its exit code."""
+    return subprocess.run(command, cwd=folder, env=_environment(folder), check=False).returncode
+
+
+def _environment(folder: Path) -> dict[str, str]:
     # Stages call `python`, which is this one, environment active or not.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "PATH": path}
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    return {**os.environ, "PYTHONPATH": str(folder.resolve()), "PATH": path}
 
 
 def _git(folder: Path, *arguments: str) -> str:

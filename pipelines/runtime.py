@@ -81,8 +81,8 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device_name() -> str:
-    """ "cuda" where a GPU can be used, else "cpu"."""
+def device_name(gpus: float | None = None) -> str:
+    """ "cuda" where a GPU can be used, else "cpu"; "cpu" where zero `gpus` were asked for."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpus != 0 and torch.cuda.is_available() else "cpu"

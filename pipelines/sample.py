@@ -28,7 +28,7 @@ from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
 from pipelines import storage
-from pipelines.blocks import Block, BlockStore, cut, expect, packed
+from pipelines.blocks import Block, BlockStore, cut, packed
 from pipelines.cost import calibrate
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, RESULTS, WORK, Run, load_storage
@@ -55,7 +55,7 @@ class Sampler:
         store: BlockStore | None = None,
     ) -> None:
         torch.set_num_threads(cores)
-        self.model = model.to(device_name())
+        self.model = model.to(device_name(config.num_gpus))
         self.task = task
         self.config = config
         self.board = board
@@ -167,7 +167,9 @@ def sample_run(run: Run) -> int:
     rows = tables.write_parts(
         path, store.tables(job.blocks), schema, {**settings, **provenance(config.seed)}
     )
-    expect(rows, total * len(config.all_depths), f"sampling {run.name}")
+    wanted_rows = total * len(config.all_depths)
+    if rows != wanted_rows:
+        raise GramError(f"sampling {run.name}: {rows} rows came back, expected {wanted_rows}")
     store.clear()
     return rows
 

@@ -5,7 +5,6 @@ settings. Knows Ray Tune only where it makes its search space.
 """
 
 import copy
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +37,8 @@ class SweepConfig(Config, frozen=True, kw_only=True):
     settles others for every trial. `trials` are how many are drawn (of a grid: how often it is gone
     through). ASHA judges after `grace` reports and keeps one in `reduction`; PBT copies the better
     every `grace` reports. A trial has `cpus` and `gpus` (one where there are any);
-    `concurrent` bounds how many run at once. `storage` is an s3:// prefix for what a sweep in
-    progress keeps; by default that is local."""
+    `concurrent` bounds how many run at once. `storage` is where a sweep in progress keeps its
+    state: an s3:// prefix, or a folder that all machines see; by default one of this checkout."""
 
     run: str
     space: dict[str, dict[str, Any]]
@@ -119,11 +118,8 @@ def load_sweep(name: str, path: Path = FILE) -> tuple[SweepConfig, dict[str, Any
 def _extremes(config: SweepConfig) -> Iterator[dict[str, Any]]:
     """Choices that together try the ends of every range and every listed value."""
     lists = {key: list(next(iter(spec.values()))) for key, spec in config.space.items()}
-    for row in itertools.zip_longest(*lists.values()):
-        yield {
-            key: values[0] if value is None else value
-            for (key, values), value in zip(lists.items(), row, strict=True)
-        }
+    for row in range(max(map(len, lists.values()))):
+        yield {key: values[row % len(values)] for key, values in lists.items()}
 
 
 def run_with(

@@ -28,7 +28,7 @@ from pipelines.params import RESULTS, WORK
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say
 from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
-from pipelines.train import Job, build_module, job_of, work
+from pipelines.train import Job, build_module, fingerprint, job_of, work
 
 SETTINGS = "sweep.json"
 CRASHES = 2  # of a trial's process that it goes on after
@@ -95,7 +95,8 @@ def trial(
     """What each trial runs: the run's training with the values that the sweep chose."""
     job = job_of(run_with(params, config, values), groups)
     torch.set_num_threads(config.cpus)
-    engine = PlainEngine(build_module(job, device_name()), job.train.optim, job.train.accumulate)
+    module = build_module(job, device_name(config.gpus))
+    engine = PlainEngine(module, job.train.optim, job.train.accumulate)
     store = TrialStore(job.train.checkpoint_every, job.train.steps)
     # Where PBT gives a trial another's checkpoint, settings differ: they do not identify it.
     work(engine, job, rows, store, store.report, identity="sweep")
@@ -112,9 +113,12 @@ def sweep(name: str, *, resume: bool = False) -> int:
     job, rows = _checked(params, config)
     place = storage.join(config.storage or str((WORK / "sweeps").absolute()), name)
     filesystem, folder = _filesystem(place)
-    settings = json.dumps(
-        {"sweep": dump(config), "run": params["runs"][config.run]}, sort_keys=True
-    )
+    about = {
+        "sweep": dump(config),
+        "run": params["runs"][config.run],
+        "training": fingerprint(job, rows),
+    }
+    settings = json.dumps(about, sort_keys=True)
     # The table of trials, not the log of them; and Ctrl-C leaves the sweep to be resumed, where
     # Tune by itself would end it early as if it were done.
     # A report may lack the metric: a term that did not occur in its window.
@@ -137,8 +141,8 @@ def sweep(name: str, *, resume: bool = False) -> int:
         if resume and there:
             if storage.read(storage.join(place, SETTINGS)).decode() != settings:
                 raise GramError(
-                    f"sweep {name}: its settings have changed since it began at {place}; run it "
-                    "without --resume to begin anew"
+                    f"sweep {name}: its settings or its data have changed since it began at "
+                    f"{place}; run it without --resume to begin anew"
                 )
             tuner = tune.Tuner.restore(
                 f"{folder}/run",
@@ -160,7 +164,7 @@ def sweep(name: str, *, resume: bool = False) -> int:
         raise GramError(f"sweep {name}: every trial failed ({reason}); --resume tries them again")
     table = trials_table(name, grid)
     path = RESULTS / "sweeps" / name / "trials.parquet"
-    about = {
+    written = {
         "sweep": name,
         "run": config.run,
         "metric": config.metric,
@@ -168,8 +172,14 @@ def sweep(name: str, *, resume: bool = False) -> int:
         "settings": dump(config),
         **provenance(config.seed),
     }
-    tables.write(path, table, tables.trials_schema(), about)
-    storage.remove(place)
+    tables.write(path, table, tables.trials_schema(), written)
+    if grid.num_errors:
+        say(
+            f"sweep {name}: {grid.num_errors} of {len(grid)} trials failed; --resume tries them "
+            "again"
+        )
+    else:
+        storage.remove(place)
     return len(table)
 
 

@@ -187,7 +187,7 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
     all start again from the newest checkpoint, `train.restarts` times."""
     from ray.train import WorkerGroupError
 
-    from pipelines.cluster import cluster
+    from pipelines.cluster import cluster, has_gpus
 
     rows: Examples | str
     if place.datasets:
@@ -196,9 +196,11 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
         rows = examples(job.data, job.task, "train", job.identifiers)
     store = checkpoint_store(job.name, place)
     with cluster():
+        # Asked once: a cluster that has just lost its GPU node gets it back, or waits for it.
+        on_gpu = has_gpus()
         for restart in range(job.train.restarts + 1):
             try:
-                return _fit(job, rows, store, report)
+                return _fit(job, rows, store, report, on_gpu=on_gpu)
             except WorkerGroupError as error:
                 failures = list(error.worker_failures.values())
                 known = next((f for f in failures if isinstance(f, GramError)), None)
@@ -221,25 +223,33 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
 
 def _is_death(failure: BaseException) -> bool:
     """Whether a worker was lost, rather than failed by itself. Ray Train wraps it in an error of
-    its own, which it does not export."""
+    its own, which it does not export; and where a survivor speaks first, it says that the other
+    end of a connection is gone."""
     from ray.exceptions import RayError
 
-    return isinstance(failure, RayError) or hasattr(failure, "health_check_failure")
+    if isinstance(failure, RayError) or hasattr(failure, "health_check_failure"):
+        return True
+    cut_off = isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure)
+    return cut_off and isinstance(failure, RuntimeError)
 
 
 def _fit(
-    job: Job, rows: Examples | str, store: FolderStore | ObjectStore, report: Report
+    job: Job,
+    rows: Examples | str,
+    store: FolderStore | ObjectStore,
+    report: Report,
+    *,
+    on_gpu: bool,
 ) -> Trained:
     """One start of the workers, until they are done or one of them is lost."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.cluster import Board, has_gpus, worker_cores
+    from pipelines.cluster import Board, worker_cores
 
     board = Board()
     cores = worker_cores(job.train.workers, job.train.cores)
-    on_gpu = has_gpus()
     here = isinstance(store, FolderStore)
 
     def receive(message: Any) -> None:

@@ -7,7 +7,7 @@ one, has no place among the others. Knows no charts and no HTML.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep and its trials in the order they started; `mode` says which metric is better."""
+    """A sweep and its trials in the order they started; `mode` says which metric is better, and
+    `fixed` what every trial had in place of the run's own settings."""
 
     name: str
     run: str
     metric: str
     mode: str
     trials: tuple[Trial, ...]
+    fixed: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -122,7 +124,8 @@ def read_sweep(path: Path) -> Sweep:
     for row in sorted(table.to_pylist(), key=lambda row: (row["number"], row["step"])):
         by_trial.setdefault(row["trial"], []).append(row)
     trials = [_trial(path, rows, made["metric"]) for rows in by_trial.values()]
-    return Sweep(path.parent.name, made["run"], made["metric"], made["mode"], tuple(trials))
+    fixed = made.get("settings", {}).get("fixed", {})
+    return Sweep(path.parent.name, made["run"], made["metric"], made["mode"], tuple(trials), fixed)
 
 
 def _trial(path: Path, rows: Sequence[Row], metric: str) -> Trial:

@@ -165,6 +165,38 @@ def test_training_goes_on_after_a_killed_worker(data: Path, capfd: pytest.Captur
     assert history["step"].is_unique().all(), "no row is told twice"
 
 
+SURVIVOR = """
+import os, sys, torch
+from pipelines.train import _is_death
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank,
+                                     world_size=2)
+torch.distributed.barrier()
+if rank == 1:
+    os.kill(os.getpid(), 9)
+try:
+    for _ in range(1000):
+        torch.distributed.all_reduce(torch.ones(1000))
+except Exception as error:
+    print(type(error).__name__, error)
+    sys.exit(0 if _is_death(error) and not _is_death(RuntimeError("of its own")) else 1)
+"""
+
+
+def test_what_a_survivor_says_is_the_other_workers_death(tmp_path: Path) -> None:
+    """Where its error comes before Ray has missed the dead worker, the run must go on too."""
+    survivor, dead = (
+        subprocess.Popen(
+            [sys.executable, "-c", SURVIVOR, str(rank), str(tmp_path / "meeting")],
+            env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    )  # fmt: skip
+    said, _ = survivor.communicate(timeout=60)
+    assert dead.wait(timeout=60) == -signal.SIGKILL
+    assert survivor.returncode == 0, said
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_whose_workers_keep_dying_ends_with_one_line(data: Path) -> None:

@@ -45,7 +45,7 @@ def test_what_the_cache_has_is_not_run_again(at: Path, capfd: pytest.CaptureFixt
     assert reproduce("HEAD", []) == 0
     out = capfd.readouterr().out
     assert "Running stage" not in out
-    assert "0 outside" in out
+    assert "0 outside; no stage had to be run: " in out
     assert not list(Path(".gram/reproduce").iterdir())
 
 
@@ -56,6 +56,8 @@ def test_forced_it_is_built_anew_and_agrees(at: Path, capfd: pytest.CaptureFixtu
     assert "evaluate@tiny" in captured.out
     total = len([n for n in json.loads(METRICS.read_text()) if not n.endswith(("_low", "_high"))])
     assert f"{total} metrics compared: {total} equal" in captured.out
+    ran = captured.out.count("Running stage")
+    assert ran and f"; {ran} stages were run" in captured.out
 
 
 def test_a_metric_that_was_never_reached_is_told(at: Path, capfd: pytest.CaptureFixture) -> None:

@@ -102,6 +102,28 @@ def test_a_trial_trains_as_the_run_with_its_values_does(at: Path) -> None:
 
 
 @pytest.mark.ray
+def test_a_sweep_is_not_resumed_on_other_data(
+    at: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(folder)
+    whole = document()
+    write_params(whole)
+    make_data()
+    monkeypatch.setattr("pipelines.sweep._tuner", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep("lr")
+    whole["tasks"]["queens"]["split"]["seed"] = 1
+    write_params(whole)
+    make_data()
+    with pytest.raises(GramError, match="its settings or its data have changed"):
+        sweep("lr", resume=True)
+    assert Path(".gram/sweeps/lr/sweep.json").exists()
+
+
+@pytest.mark.ray
 def test_the_best_trial_is_a_patch_that_applies(at: Path) -> None:
     patch = promotion("lr")
     best = max(
@@ -258,6 +280,10 @@ def test_a_sweep_that_keeps_its_state_in_s3(folder: Path, tmp_path_factory: Any)
         ({"storage": "ftp://x/y"}, "cannot use ftp://"),
         ({"trails": 3}, "did you mean 'trials'"),
         ({"fixed": {"train.colour": 1}}, "train.colour: unknown key"),
+        (
+            {"space": {"train.optim.lr": {"choice": [0.1, None]}, "train.ema": {"choice": [0.9]}}},
+            "train.optim.lr: Expected `float`, got `null`",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_line(
@@ -290,7 +316,10 @@ def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
         "sweep": "nqueens8", "trial": "a", "number": 0, "state": "TERMINATED", "step": 5,
         "seconds": 1.0, "params": [("train.optim.lr", "0.5")], "metrics": [("prior_valid", 1.0)],
     }  # fmt: skip
-    about = {"run": "nqueens8_gram", "metric": "prior_valid", "mode": "max"}
+    about = {
+        "run": "nqueens8_gram", "metric": "prior_valid", "mode": "max",
+        "settings": {"fixed": {"train.steps": 600}},
+    }  # fmt: skip
     table = pa.Table.from_pylist([trial], schema=tables.trials_schema())
     path = Path("results/sweeps/nqueens8/trials.parquet")
     tables.write(path, table, tables.trials_schema(), about)
@@ -299,3 +328,4 @@ def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
         if line[:1] in "+-" and line[:3] not in ("+++", "---")
     ]  # fmt: skip
     assert changed == ["-        lr: 0.002", "+        lr: 0.5"]
+    assert "every trial also had train.steps=600" in promotion("nqueens8")
