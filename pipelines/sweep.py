@@ -32,6 +32,9 @@ from pipelines.train import Job, build_module, fingerprint, job_of, work
 
 SETTINGS = "sweep.json"
 CRASHES = 2  # of a trial's process that it goes on after
+# Checkpoints of a trial: what Tune has written of a sweep's state may be a few checkpoints old when
+# it is killed, and is of no use if it names one that is gone.
+KEPT = 10
 
 
 class TrialStore:
@@ -121,12 +124,15 @@ def sweep(name: str, *, resume: bool = False) -> int:
     settings = json.dumps(about, sort_keys=True)
     # The table of trials, not the log of them; and Ctrl-C leaves the sweep to be resumed, where
     # Tune by itself would end it early as if it were done.
-    # A report may lack the metric: a term that did not occur in its window.
+    # A report may lack the metric: a term that did not occur in its window. The state is written as
+    # it changes: a trial that ended is not to run again.
     os.environ.update(
         {
             "RAY_AIR_NEW_OUTPUT": "0",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
             "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+            "TUNE_GLOBAL_CHECKPOINT_S": "0",
+            "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         }
     )
     with cluster():
@@ -241,7 +247,7 @@ def _tuner(name: str, function: Any, config: SweepConfig, filesystem: Any, folde
             failure_config=tune.FailureConfig(max_failures=CRASHES),
             # PBT goes back to checkpoints that are no longer the newest.
             checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=None if config.scheduler == "pbt" else 2
+                num_to_keep=None if config.scheduler == "pbt" else KEPT
             ),
             verbose=1,
             progress_reporter=tune.CLIReporter(
@@ -285,11 +291,21 @@ def _scheduler(config: SweepConfig) -> Any:
     return None
 
 
+def _begun(result: Any) -> float:
+    """When a trial began, as its first report says; those that made none come last."""
+    frame = result.metrics_dataframe
+    if frame is None or frame.empty:
+        return math.inf
+    first = frame.iloc[0]
+    return float(first["timestamp"] - first["time_total_s"])
+
+
 def trials_table(name: str, grid: Any) -> pa.Table:
     """One row a trial and report, trials in the order of their beginning. A report that was made
     again after a crash counts once, as it was made last."""
     rows: list[dict[str, Any]] = []
-    for number, result in enumerate(grid):
+    # A sweep that was resumed lists the trials that it went on with first.
+    for number, result in enumerate(sorted(grid, key=_begun)):
         values = {key: json.dumps(value) for key, value in (result.config or {}).items()}
         common = {
             "sweep": name,
