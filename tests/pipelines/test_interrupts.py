@@ -149,7 +149,8 @@ def interrupt(path: Path, stage: str, moment: Callable[[psutil.Process], None]) 
         if repro.poll() is None:
             os.killpg(repro.pid, signal.SIGKILL)
     assert repro.returncode != 0
-    assert "ERROR: failed to reproduce" in out, out
+    # In the instant after DVC started the stage, DVC itself is interrupted.
+    assert "ERROR: failed to reproduce" in out or "ERROR: interrupted by the user" in out, out
     return out
 
 
