@@ -20,8 +20,8 @@ from gram_core.tasks.nqueens import (
     NQueensConfig,
     SplitConfig,
     attack_lines,
-    board_id,
     board_key,
+    board_names,
     completions,
     orbit_key,
     solutions,
@@ -171,12 +171,17 @@ def test_tokens_and_placements_are_the_same_boards(case):
     assert np.array_equal(to_placement(tokens, n), boards)
     # Equal names and keys for equal boards, different ones for different boards.
     different = len({tuple(b) for b in rows})
-    assert len({board_id(b) for b in boards}) == len(set(board_key(boards).tolist())) == different
+    assert (
+        len(set(board_names(boards).to_pylist()))
+        == len(set(board_key(boards).tolist()))
+        == different
+    )
 
 
 def test_a_boards_name_gives_the_column_of_each_queen():
-    assert board_id(np.array([2, -1, -1, 0])) == "2..0"
-    assert board_id(np.array([-1] * 14 + [14])) == ".............." + "e"
+    assert board_names(np.array([[2, -1, -1, 0]])).to_pylist() == ["2..0"]
+    last = np.array([[-1] * 14 + [14]])
+    assert board_names(last).to_pylist() == [".............." + "e"]
 
 
 def test_keys_of_the_largest_board_do_not_overflow():
@@ -246,7 +251,7 @@ def test_every_row_is_a_solved_input_with_its_true_count(five):
         targets = torch.from_numpy(tokens_numpy(table["target"]).copy())
         assert task.verify(inputs, targets).all()
         ids = table["puzzle_id"].to_pylist()
-        assert ids == [board_id(board) for board in to_placement(inputs.numpy(), 5)]
+        assert ids == board_names(to_placement(inputs.numpy(), 5)).to_pylist()
         assert table["group_id"].to_pylist() == ids
         assert set(table["augmentation"].to_pylist()) == {""}
         for name, count in inputs_of(table).items():
