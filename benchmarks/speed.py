@@ -1,122 +1,251 @@
-"""Speed as ratios: `python -m benchmarks.speed`; docs/performance.md has a table of one machine.
+"""Training and sampling against this machine's own limit: `python -m benchmarks.speed [WORD ...]`.
 
-The training step of the CPU profile's GRAM run, changed in one respect at a time, each in a process
-of its own; then sampling with and without compaction. Prints a Markdown table. Needs data/nqueens8
-(`dvc repro augment@nqueens8`).
+For the paper's size and a small one, in fp32 and bf16: seconds of one iteration of the training
+loop (all of it: refill, noise, forward, backward, optimiser, average) and of a rollout at full
+depth, analytic FLOPs, and the share of the GEMM limit: the best rate of `F.linear` at the shapes of
+both sizes, measured in the same turns. Every measurement lives in a process of its own; they take
+turns, and medians are shown. Words limit what is measured (`train small`, `bf16`). Prints Markdown;
+a full run writes benchmarks/latest.json.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
+from torch.nn import functional as F
 
-from gram_core.noise import training_noise
+from benchmarks import flops
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig, rollout
-from gram_core.tasks.batches import Puzzles
-from gram_core.train.engine import PlainEngine
-from gram_core.train.loop import make_slots, transitions
-from pipelines.dataset import examples, held_out
-from pipelines.params import load_run
-from pipelines.runtime import ALLOCATOR, PATIENT, entry, threads
-from pipelines.train import Job, build_module
+from gram_core.tables import tokens_numpy
+from gram_core.tasks.batches import Examples, Puzzles
+from gram_core.tasks.nqueens import NQueens, NQueensConfig
+from gram_core.train.engine import PlainEngine, Supervised, compiled
+from gram_core.train.loop import TrainConfig, make_slots, train
+from gram_core.train.objective import ObjectiveConfig
+from pipelines.runtime import device_name, entry, environment, say, threads
 
-RUN = "nqueens8_gram"
-STEPS, WARM = 60, 6
-BASE: dict[str, Any] = {"compile": True, "precision": "auto", "threads": threads(), "env": {}}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "without torch.compile": {"compile": False},
-    "in fp32": {"precision": "fp32"},
-    "on one thread": {"threads": 1},
-    "waiting threads spin": {"env": {"OMP_WAIT_POLICY": "ACTIVE"}},
-    "waiting threads sleep": {"env": {"OMP_WAIT_POLICY": "PASSIVE"}},
-    "glibc's own allocator settings": {"env": dict.fromkeys(ALLOCATOR, None)},
+LATEST = Path("benchmarks/latest.json")
+TURNS = 5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# 8 x 8 boards: 64 positions. No prefix, as in the figures of others that are compared with.
+MODELS = {
+    "paper": ModelConfig(prefix_tokens=0),
+    "small": ModelConfig(dim=128, heads=4, ffn=128, K=2, T=2, N_sup=4, prefix_tokens=0),
 }
+BATCH = {"paper": 32, "small": 64}
+PUZZLES, WIDTH = 4, 20
+# Work in one turn: some seconds on two cores.
+STEPS = {"paper": 2, "small": 10}
+DEPTH = {"paper": 1, "small": 4}
+LENGTH = 64
 
 
-def training(compile: bool, precision: str, cores: int) -> float:
-    """Optimiser steps a second."""
-    torch.set_num_threads(cores)
-    job = Job.of(load_run(RUN))
-    train = msgspec.structs.replace(job.train, precision=precision, compile=compile)
-    job = replace(job, train=train)
-    engine = PlainEngine(build_module(job, "cpu"), train.optim)
-    slots = make_slots(engine, examples("nqueens8", job.task, "train"), train)
-    shape = (transitions(job.model), engine.model.length, job.model.dim)
-    numbers = slots.mine.tolist()
-    start = 0.0
-    for iteration in range(WARM + STEPS):
-        if iteration == WARM:
+def boards() -> tuple[NQueens, Examples]:
+    """The task of the benchmarks and its training rows."""
+    task = NQueens(NQueensConfig())
+    table = task.generate(Path).train
+    inputs, target = (torch.from_numpy(tokens_numpy(table[c]).copy()) for c in ("inputs", "target"))
+    return task, Examples(inputs, target, torch.zeros(len(inputs), dtype=torch.int32))
+
+
+def limit(dtype: str, turn: Callable[[float], None]) -> None:
+    """Turns that give the best rate of `F.linear` over the shapes of both sizes, in FLOP/s."""
+    device, kind = device_name(), DTYPES[dtype]
+    shapes = []
+    for size, model in MODELS.items():
+        rows = BATCH[size] * LENGTH
+        d, f = model.dim, model.ffn
+        for fan_in, fan_out in ((d, 3 * d), (d, 2 * f), (f, d)):
+            x = torch.randn(rows, fan_in, device=device, dtype=kind)
+            w = torch.randn(fan_out, fan_in, device=device, dtype=kind)
+            shapes.append((x, w, 2 * rows * fan_in * fan_out))
+    while True:
+        best = 0.0
+        for x, w, count in shapes:
+            repeats = max(3, int(2e10 / count))
+            F.linear(x, w)
+            synchronise()
             start = time.perf_counter()
-        slots.refill()
-        noise = training_noise(0, iteration, numbers, shape)
-        result = engine.forward(slots.batch(), noise)
-        engine.step(result.loss, 1e-3)
-        slots.absorb([result])
-    return STEPS / (time.perf_counter() - start)
+            for _ in range(repeats):
+                F.linear(x, w)
+            synchronise()
+            best = max(best, count * repeats / (time.perf_counter() - start))
+        turn(best)
 
 
-def sampling(compaction: bool) -> float:
-    """Trajectories a second, where half of all halt at each step."""
-    torch.set_num_threads(threads())
-    run = load_run(RUN)
-    job = Job.of(run)
-    model = build_module(job, "cpu").model.eval()
-    # Features of an untrained model are centred, so a zero bias halts about half.
-    torch.nn.init.normal_(model.halt.map.weight)
-    torch.nn.init.zeros_(model.halt.map.bias)
-    puzzles, _ = held_out(run.task_name, run.task)
-    few = Puzzles.of(puzzles.ids[:60], puzzles.inputs[:60])
-    config = SampleConfig(width=20, depth=16, batch=256, compaction=compaction)
-    start = time.perf_counter()
-    rollout(model, few, config)
-    return 60 * 20 / (time.perf_counter() - start)
+def synchronise() -> None:
+    """Wait for the device's queue."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def child(arguments: dict[str, Any]) -> float:
-    """Run one measurement in a process with the environment it asks for."""
-    environment = {**os.environ, **ALLOCATOR, **PATIENT}
-    for name, value in arguments.pop("env", {}).items():
-        if value is None:
-            environment.pop(name, None)
-        else:
-            environment.pop("GOMP_SPINCOUNT", None)
-            environment[name] = value
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", json.dumps(arguments)],
-        env=environment, capture_output=True, text=True, check=True,
+def training(
+    size: str, dtype: str, turn: Callable[[float], None], batch: int | None = None
+) -> None:
+    """Turns that give the seconds of an iteration of the training loop."""
+    task, examples = boards()
+    model = MODELS[size]
+    steps = STEPS[size]
+    config = TrainConfig(
+        steps=10**9, batch=batch or BATCH[size], log_every=steps, checkpoint_every=steps,
+        precision="bf16" if dtype == "bf16" else "fp32",
     )  # fmt: skip
-    return float(done.stdout)
+    torch.manual_seed(0)
+    module = Supervised(
+        GRAM(model, task.shape).to(device_name()),
+        ObjectiveConfig(),
+        task.verify,
+        prior_rows=config.prior_rows(model),
+        precision=config.precision,
+    )
+    engine = PlainEngine(compiled(module, say), config.optim)
+    start = 0.0
+
+    def report(row: dict[str, float]) -> None:
+        nonlocal start
+        synchronise()
+        if row["step"] > steps:  # the first turn compiles
+            turn((time.perf_counter() - start) / steps)
+        start = time.perf_counter()
+
+    train(engine, make_slots(engine, examples, config), config, None, report)
+
+
+def sampling(size: str, dtype: str, turn: Callable[[float], None]) -> None:
+    """Turns that give the seconds of a rollout at full depth."""
+    task, examples = boards()
+    torch.manual_seed(0)
+    model = GRAM(MODELS[size], task.shape).to(device_name()).eval()
+    config = SampleConfig(
+        width=WIDTH, depth=DEPTH[size], batch=PUZZLES * WIDTH, halting=False,
+        precision="bf16" if dtype == "bf16" else "fp32",
+    )  # fmt: skip
+    puzzles = Puzzles.of([str(n) for n in range(PUZZLES)], examples.inputs[:PUZZLES])
+    rollout(model, puzzles, config)
+    while True:
+        synchronise()
+        start = time.perf_counter()
+        rollout(model, puzzles, config)
+        synchronise()
+        turn(time.perf_counter() - start)
+
+
+def child(what: list[str]) -> None:
+    """Measure in turns: a number for each line that comes in."""
+    torch.set_num_threads(int(what.pop()))
+
+    def turn(value: float) -> None:
+        print(value, flush=True)
+        if not sys.stdin.readline():
+            sys.exit()
+
+    if what[0] == "limit":
+        limit(what[1], turn)
+    elif what[0] == "train":
+        training(what[1], what[2], turn)
+    else:
+        sampling(what[1], what[2], turn)
+
+
+class Child:
+    """A process that measures when it is told to."""
+
+    def __init__(self, what: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.speed", "--child", *what, str(threads())],
+            env={**os.environ, **environment()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        self.values: list[float] = []
+        self._read()
+        self.values.clear()  # the first turn warms up
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a measurement ended: {self.process.args!r}")
+        self.values.append(float(line))
+
+    def measure(self) -> None:
+        """One turn."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def work(phase: str, size: str) -> int:
+    """FLOPs of what is timed."""
+    model = MODELS[size]
+    if phase == "train":
+        rows = BATCH[size]
+        prior = TrainConfig(batch=rows).prior_rows(model)
+        return flops.training_step(model, LENGTH, rows, prior)
+    return DEPTH[size] * flops.sampling_step(model, LENGTH, PUZZLES * WIDTH)
+
+
+def supervised(phase: str, size: str) -> int:
+    """Supervision steps, of one sample each, in what is timed."""
+    return BATCH[size] if phase == "train" else PUZZLES * WIDTH * DEPTH[size]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure everything and print the table."""
-    print("| training step | steps a second | ratio |\n|---|---|---|", flush=True)
-    base = 0.0
-    for name, change in VARIANTS.items():
-        rate = child({"what": "training", **BASE, **change})
-        base = base or rate
-        print(f"| {name} | {rate:.1f} | {rate / base:.2f} |", flush=True)
-    print("\n| sampling, halting on | trajectories a second | ratio |\n|---|---|---|", flush=True)
-    with_compaction = child({"what": "sampling", "compaction": True})
-    without = child({"what": "sampling", "compaction": False})
-    print(f"| with compaction | {with_compaction:.0f} | 1.00 |")
-    print(f"| without | {without:.0f} | {without / with_compaction:.2f} |")
+    """Measure, print the table and write it."""
+    cases = [
+        (phase, size, dtype)
+        for phase in ("train", "sample")
+        for size in MODELS
+        for dtype in DTYPES
+        if all(word in (phase, size, dtype) for word in arguments)
+    ]
+    limits = {dtype: Child(["limit", dtype]) for dtype in sorted({case[2] for case in cases})}
+    children = {case: Child(case) for case in cases}
+    for _ in range(TURNS):
+        for measured in (*limits.values(), *children.values()):
+            measured.measure()
+    rows: list[dict[str, Any]] = []
+    load = os.getloadavg()[0]
+    print(f"{device_name()}, {threads()} threads, load {load:.1f}, medians of {TURNS} turns\n")
+    print("| phase | size | dtype | seconds | supervision steps a second | GFLOP | GFLOP/s "
+          "| GEMM limit | share |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for (phase, size, dtype), measured in children.items():
+        best = max(limits[dtype].values)
+        seconds = statistics.median(measured.values)
+        count = work(phase, size)
+        rate = supervised(phase, size) / seconds
+        share = count / seconds / best
+        rows.append(
+            {
+                "phase": phase, "size": size, "dtype": dtype, "device": device_name(),
+                "threads": threads(), "seconds": seconds, "flops": count, "gemm_limit": best,
+                "share": share, "supervision_steps_per_second": rate, "load": load,
+            }
+        )  # fmt: skip
+        print(f"| {phase} | {size} | {dtype} | {seconds:.3f} | {rate:.0f} | {count / 1e9:.1f} "
+              f"| {count / seconds / 1e9:.0f} | {best / 1e9:.0f} | {share:.0%} |")  # fmt: skip
+    for measured in (*limits.values(), *children.values()):
+        measured.close()
+    if len(rows) == 8:
+        LATEST.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        asked = json.loads(sys.argv[1])
-        if asked["what"] == "training":
-            print(training(asked["compile"], asked["precision"], asked["threads"]))
-        else:
-            print(sampling(asked["compaction"]))
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
     else:
         entry(main)

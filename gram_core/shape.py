@@ -1,8 +1,11 @@
 """What tasks and models agree on: how many tokens of which values, and what image they form."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from jaxtyping import Bool, UInt8
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,7 @@ class TokenShape:
     def positions(self) -> int:
         """M: content positions of the recursion."""
         return self.length if self.image is None else self.length // self.image[2] ** 2
+
+
+# A task's rule: which answers to these inputs are valid.
+Verifier = Callable[[UInt8[Tensor, "B S"], UInt8[Tensor, "B S"]], Bool[Tensor, " B"]]

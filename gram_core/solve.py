@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gram_core.config import dump, load
+from gram_core.config import ConfigError, dump, load
 from gram_core.model.gram import GRAM
 from gram_core.model.store import ModelError, load_model
 from gram_core.sample.trajectory import SampleConfig, rollout
@@ -76,11 +76,18 @@ class Solver:
         changes = {"depths": (), "width": width, **settings}
         config = load(SampleConfig, {**dump(self.sample), **changes}, "solve")
         identifier = torch.tensor([self._identifier(puzzle)], dtype=torch.int32)
-        result = rollout(self.model, Puzzles([puzzle_name(tokens)], inputs, identifier), config)
-        predictions = self.task.canonical(result.prediction[0])
-        valid = torch.zeros(width, dtype=torch.bool)
-        if self.task.verifies:
-            valid = self.task.verify(inputs.expand(width, -1), torch.from_numpy(predictions))
+        verify = self.task.verify if self.task.verifies else None
+        if config.stop_when_verified and verify is None:
+            raise ConfigError(
+                "solve.stop_when_verified: this task has no rule to verify answers by"
+            )
+        puzzles = Puzzles([puzzle_name(tokens)], inputs, identifier)
+        result = rollout(self.model, puzzles, config, verify=verify)
+        drawn = result.steps[0] > 0
+        predictions = self.task.canonical(result.prediction[0, drawn])
+        valid = torch.zeros(len(predictions), dtype=torch.bool)
+        if verify is not None:
+            valid = verify(inputs.expand(len(predictions), -1), torch.from_numpy(predictions))
         groups: dict[bytes, list[int]] = {}
         for row, prediction in enumerate(predictions):
             groups.setdefault(prediction.tobytes(), []).append(row)
@@ -89,7 +96,7 @@ class Solver:
                 tokens=predictions[rows[0]],
                 verified=bool(valid[rows[0]]),
                 count=len(rows),
-                value=float(result.value[0, rows].max()),
+                value=float(result.value[0, drawn][rows].max()),
                 text=self.task.render(predictions[rows[0]]),
             )
             for rows in groups.values()

@@ -53,6 +53,8 @@ def calibrate(model: GRAM, puzzles: Puzzles, config: SampleConfig, cores: int) -
         )
         # A copy: the job's own model goes to workers that may have another device.
         model = copy.deepcopy(model).to(device_name())
+        # What the first verified answer will save cannot be told from a few.
+        config = msgspec.structs.replace(config, stop_when_verified=False)
         # The first call of every kind pays for what later ones reuse.
         rollout(model, few, msgspec.structs.replace(config, width=1, depth=1, depths=()))
         start = time.perf_counter()

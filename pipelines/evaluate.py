@@ -162,8 +162,12 @@ def _common(
 ) -> dict[str, float]:
     """What the table of puzzles says. Without an input there is none to choose an answer for, and
     no interval over inputs; where nothing says which answers are valid, only how many differ and
-    the steps are left."""
+    the steps are left; so it is where the first valid answer ends a puzzle."""
     found = metrics(puzzles, sample.depth, config)
+    if sample.stop_when_verified:
+        # Trajectories that were not drawn say nothing of accuracy, coverage or selection.
+        early = ("any_valid", "best_of_verifier", "steps")
+        return {name: value for name, value in found.items() if name.startswith(early)}
     if run.task.conditional:
         return found
     kept = {"distinct", "steps", "steps_low", "steps_high"}

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from gram_core import tables
-from gram_core.config import dump
+from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import ModelError, load_model
@@ -103,7 +103,14 @@ class Sampler:
             done += trajectories
             progress(block.number, done)
 
-        result = rollout(self.model, puzzles, config, first_trajectory=block.first, progress=ended)
+        result = rollout(
+            self.model,
+            puzzles,
+            config,
+            first_trajectory=block.first,
+            progress=ended,
+            verify=self.task.verify if self.task.verifies else None,
+        )
         inputs = puzzles.inputs.repeat_interleave(width, dim=0)
         order = np.arange(len(inputs)).repeat(len(result.depths))
         depth = np.tile(np.arange(len(result.depths)), len(inputs))
@@ -138,6 +145,11 @@ def sample_run(run: Run) -> int:
     number of rows. Goes on with the blocks that a former attempt had finished. Raises `ModelError`
     where models/RUN is not this run's."""
     config = run.section("sample", SampleConfig)
+    if config.stop_when_verified and not run.task.verifies:
+        raise ConfigError(
+            f"{run.where}.sample.stop_when_verified: the task {run.task_name} has no rule to "
+            "verify answers by; leave it out"
+        )
     wanted = dump(run.section("model", ModelConfig))
     folder = MODELS / run.name
     model, about = load_model(folder)

@@ -16,13 +16,14 @@ import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from gram_core.model.gram import GRAM
 from gram_core.model.recursion import State
 from gram_core.noise import batch_noise, trajectory_key
-from gram_core.precision import Precision, autocast
+from gram_core.precision import Precision, autocast, resolve
+from gram_core.shape import Verifier
 from gram_core.tasks.batches import Puzzles
 
 
@@ -30,6 +31,10 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     """How trajectories are drawn. `depth` is the one that metrics.json reports, `depths` others
     that the same rollout answers for; `temperature` scales the prior's noise (gap G18). A
     trajectory halts where the halt head's probability is above `halt_threshold`.
+
+    With `stop_when_verified`, a trajectory also halts where the task's rule accepts its answer, and
+    the puzzle's later trajectories are not drawn: their rows have 0 steps and no answer. What is
+    drawn is what drawing one after the other would have drawn. It answers for one depth.
 
     How a run is spread does not show in its results: `concurrency` is the number of Ray's workers,
     0 to sample in the calling process, and `max_concurrency` the number that the pool may grow to;
@@ -44,6 +49,7 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     halting: bool = True
     halt_threshold: Fraction = 0.5
     compaction: bool = True
+    stop_when_verified: bool = False
     temperature: NonNegativeFloat = 1.0
     precision: Precision = "fp32"
     concurrency: NonNegativeInt = 1
@@ -56,6 +62,10 @@ class SampleConfig(Config, frozen=True, kw_only=True):
             raise ValueError(
                 f"max_concurrency {self.max_concurrency} must be at least concurrency "
                 f"{self.concurrency}, and that at least 1"
+            )
+        if self.stop_when_verified and self.depths not in ((), (self.depth,)):
+            raise ValueError(
+                f"stop_when_verified answers for depth {self.depth} alone; leave depths empty"
             )
 
     @property
@@ -78,6 +88,38 @@ class Trajectories:
     halted: np.ndarray  # bool [K, J]
     value: np.ndarray  # float32 [K, J]
     prediction: np.ndarray  # uint8 [K, J, S]
+
+
+class _Queue:
+    """The trajectories still to begin, in order: puzzle by puzzle; or, where the first answer that
+    is accepted ends a puzzle, all first trajectories, then all second ones."""
+
+    def __init__(self, puzzles: int, width: int, *, until_verified: bool) -> None:
+        jobs = np.arange(puzzles * width)
+        self.left = jobs.reshape(puzzles, width).T.reshape(-1) if until_verified else jobs
+        self.width = width
+        # Of each puzzle, the lowest trajectory whose answer was accepted.
+        self.accepted = np.full(puzzles, width)
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def take(self, room: int) -> np.ndarray:
+        """The next ones that are wanted, so many at most."""
+        taken, self.left = self.left[:room], self.left[room:]
+        return taken
+
+    def accept(self, jobs: np.ndarray) -> int:
+        """The answers of these were accepted; how many that had not begun are given up."""
+        np.minimum.at(self.accepted, jobs // self.width, jobs % self.width)
+        before = len(self.left)
+        self.left = self.left[~self.idle(self.left)]
+        return before - len(self.left)
+
+    def idle(self, jobs: np.ndarray) -> np.ndarray:
+        """Which of these come after one whose answer was accepted."""
+        found: np.ndarray = jobs % self.width > self.accepted[jobs // self.width]
+        return found
 
 
 class _Live:
@@ -117,6 +159,37 @@ class _Live:
         self.job, self.step, self.done = self.job[keep], self.step[keep], self.done[keep]
 
 
+class SupervisionStep(nn.Module):
+    """What a rollout runs again and again: T prior transitions of every row, then answer, value and
+    halt decision. A module, so that it can be compiled as one graph."""
+
+    def __init__(self, model: GRAM, config: SampleConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.threshold = config.halt_threshold
+        # Decided here: a compiled graph cannot ask the processor.
+        self.precision = resolve(config.precision, model.z0_h.device)
+
+    def forward(
+        self,
+        state: State,
+        e_x: Float[Tensor, "M L D"],
+        noise: Float[Tensor, "T M L D"] | None,
+    ) -> tuple[State, UInt8[Tensor, "M S"], Float[Tensor, " M"], Bool[Tensor, " M"]]:
+        """The state, answer, value and wish to halt of each row; a deterministic model needs no
+        noise."""
+        model = self.model
+        with autocast(self.precision, e_x.device):
+            for t in range(model.config.T):
+                state = model.prior_transition(state, e_x, None if noise is None else noise[t])
+            prediction = model.decode(state.h).argmax(-1).to(torch.uint8)
+        feature = model.feature(state.h)
+        wants = model.wants_halt(model.halt(feature), self.threshold)
+        # States may leave autocast in bfloat16; the queue admits float32 ones.
+        state = State(state.h.float(), state.l.float())
+        return state, prediction, model.value(feature), wants
+
+
 @torch.inference_mode()
 def rollout(
     model: GRAM,
@@ -125,13 +198,20 @@ def rollout(
     *,
     first_trajectory: int = 0,
     progress: Callable[[int], None] = lambda finished: None,
+    step: SupervisionStep | None = None,
+    verify: Verifier | None = None,
 ) -> Trajectories:
     """Draw `config.width` trajectories of every puzzle, numbered from `first_trajectory`.
 
     The result is a function of (weights, seed, puzzle id, trajectory number): batch size,
     compaction and neighbours do not enter. A deterministic model's trajectories are all equal, so
-    one is computed and repeated. `progress` is called with the number of trajectories finished.
+    one is computed and repeated. `progress` is called with the number of trajectories finished;
+    `step` is a `SupervisionStep` of the same model and settings, where one was compiled; `verify`
+    the task's rule, which `stop_when_verified` needs (`ValueError` without one).
     """
+    if config.stop_when_verified and verify is None:
+        raise ValueError("stop_when_verified: there is no rule to verify answers by")
+    step = step or SupervisionStep(model, config)
     width = config.width if model.config.stochastic else 1
     depths = config.all_depths
     jobs = len(puzzles.ids) * width
@@ -151,15 +231,25 @@ def rollout(
         if model.config.stochastic
         else []
     )
-    live, queued = _Live(model, puzzles, width), 0
-    while queued < jobs or len(live):
-        if queued < jobs and (config.compaction or not len(live)):
-            room = min(config.batch - len(live), jobs - queued)
-            live.admit(np.arange(queued, queued + room))
-            queued += room
-        live.state, prediction, value, wants = _supervision_step(model, live, keys, config)
+    live = _Live(model, puzzles, width)
+    queue = _Queue(len(puzzles.ids), width, until_verified=config.stop_when_verified)
+    while len(queue) or len(live):
+        if len(queue) and (config.compaction or not len(live)):
+            live.admit(queue.take(config.batch - len(live)))
+        noise = _noise(model, live, keys, config)
+        live.state, *told = step(live.state, live.e_x, noise)
+        prediction, value, wants = (tensor.cpu().numpy() for tensor in told)
         live.step += 1
         halts = wants & config.halting & ~live.done
+        given_up = 0
+        if config.stop_when_verified and verify is not None:
+            row = torch.from_numpy(live.job // width)
+            accepted = verify(puzzles.inputs[row], torch.from_numpy(prediction)).numpy()
+            halts |= accepted & ~live.done
+            given_up = queue.accept(live.job[accepted & ~live.done])
+            idle = queue.idle(live.job) & ~live.done
+            given_up += int((idle & ~halts).sum())
+            live.done |= idle & ~halts
         for k, depth in enumerate(depths):
             write = ~live.done & ((live.step == depth) | (halts & (live.step < depth)))
             job = live.job[write]
@@ -169,31 +259,31 @@ def rollout(
             out.prediction[k, job] = prediction[write]
         ends = ~live.done & (halts | (live.step == depths[-1]))
         live.done |= ends
-        progress(int(ends.sum()) * (config.width // width))
+        progress((int(ends.sum()) + given_up) * (config.width // width))
         if config.compaction or live.done.all():
             live.drop_done()
-    return out if width == config.width else _repeat(out, config.width)
+    if width < config.width:
+        out = _repeat(out, config.width)
+    if config.stop_when_verified:
+        # Some that nobody wants any more had ended before it was known.
+        number = np.tile(np.arange(config.width), len(puzzles.ids))
+        idle = (queue.accepted < width).repeat(config.width)
+        idle &= number > queue.accepted.repeat(config.width)
+        for array in (out.steps, out.halted, out.value, out.prediction):
+            array[:, idle] = 0
+    return out
 
 
-def _supervision_step(
+def _noise(
     model: GRAM, live: _Live, keys: Sequence[np.ndarray], config: SampleConfig
-) -> tuple[State, UInt8[np.ndarray, "M S"], Float[np.ndarray, " M"], Bool[np.ndarray, " M"]]:
-    """T transitions of every row, then answer, value and halt decision."""
+) -> Float[Tensor, "T M L D"] | None:
+    """What the prior's transitions of the next supervision step draw."""
+    if not keys:
+        return None
     shape = (model.config.T, model.length, model.config.dim)
-    noise: Tensor | None = None
-    if keys:
-        noise = batch_noise([keys[job] for job in live.job.tolist()], live.step.tolist(), shape)
-        noise = noise.to(live.e_x.device) * config.temperature
-    state = live.state
-    with autocast(config.precision, live.e_x.device):
-        for t in range(model.config.T):
-            state = model.prior_transition(state, live.e_x, None if noise is None else noise[t])
-        prediction = model.decode(state.h).argmax(-1).to(torch.uint8)
-    feature = model.feature(state.h)
-    wants = model.wants_halt(model.halt(feature), config.halt_threshold)
-    # States may leave autocast in bfloat16; the queue admits float32 ones.
-    state = State(state.h.float(), state.l.float())
-    return state, prediction.cpu().numpy(), model.value(feature).cpu().numpy(), wants.cpu().numpy()
+    noise = batch_noise([keys[job] for job in live.job.tolist()], live.step.tolist(), shape)
+    noise = noise.to(live.e_x.device)
+    return noise if config.temperature == 1 else noise * config.temperature
 
 
 def _repeat(one: Trajectories, width: int) -> Trajectories:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gram_core.model.gram import GRAM
 from gram_core.precision import Precision, autocast, resolve
-from gram_core.train.objective import Batch, ObjectiveConfig, Supervision, Verifier, supervise
+from gram_core.shape import Verifier
+from gram_core.train.objective import Batch, ObjectiveConfig, Supervision, supervise
 from gram_core.train.optim import OptimConfig, make_optimizer
 
 

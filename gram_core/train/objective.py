@@ -11,7 +11,6 @@ Shapes: B slots, of which the first P follow the prior throughout; S content pos
 positions, D width, T transitions, N supervision steps.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +24,7 @@ from gram_core.model.gram import GRAM
 from gram_core.model.latent import Gaussian, balanced_kl, kl
 from gram_core.model.likelihood import LikelihoodKind, token_accuracy, token_cross_entropy
 from gram_core.model.recursion import State
-
-Verifier = Callable[[UInt8[Tensor, "B S"], UInt8[Tensor, "B S"]], Bool[Tensor, " B"]]
+from gram_core.shape import Verifier
 
 
 class ObjectiveConfig(Config, frozen=True, kw_only=True):
@@ -120,17 +118,8 @@ class Terms:
         return torch.stack([self._sums[name] for name in self.names])
 
 
-def _join(p: Gaussian, q: Gaussian, noise: Tensor, prior_rows: int) -> Tensor:
-    """eps: from the prior in the first rows, from the posterior in the others."""
-    q_eps = q.sample(noise[prior_rows:])
-    if prior_rows == 0:
-        return q_eps
-    first = Gaussian(p.mean[:prior_rows], None if p.std is None else p.std[:prior_rows])
-    return torch.cat([first.sample(noise[:prior_rows]), q_eps])
-
-
-def _rows(p: Gaussian, start: int) -> Gaussian:
-    return Gaussian(p.mean[start:], None if p.std is None else p.std[start:])
+def _take(state: State, rows: slice) -> State:
+    return State(state.h[rows], state.l[rows])
 
 
 def _position_kl(model: GRAM, config: ObjectiveConfig, q: Gaussian, p: Gaussian) -> Tensor:
@@ -150,34 +139,46 @@ def _transitions(
 ) -> tuple[State, Tensor, Tensor]:
     """All transitions of the supervision step: the final state, the charged KL and the plain KL
     of the posterior's rows (both per example)."""
-    shape = model.config
     count = len(noise)
     # Gradients reach the last transition only; without deep supervision, the whole trajectory.
-    window = 1 if shape.deep_supervision else count
+    window = 1 if model.config.deep_supervision else count
+    guided = model.config.guidance != "none"
+    follow = guided and config.rollout == "posterior"
     e_x = model.embed(batch.inputs, batch.puzzle, batch.identity)
-    stochastic = shape.guidance != "none"
-    e_y = model.embed_answer(batch.target)[prior_rows:] if stochastic else e_x
     state = batch.state
-    charged = plain = e_x.new_zeros(len(batch.inputs) - prior_rows, dtype=torch.float32)
-    for t in range(count):
+    # What follows the prior and gets no gradient goes together, as far as that is all rows.
+    together = 0 if follow else count - window
+    prior, own = slice(0, prior_rows), slice(prior_rows, None)
+    with torch.no_grad():
+        for t in range(together):
+            state = model.prior_transition(state, e_x, noise[t])
+        first = _take(state, prior)
+        for t in range(together, count if prior_rows else 0):
+            first = model.prior_transition(first, e_x[prior], noise[t, prior])
+    state, e_x, noise = _take(state, own), e_x[own], noise[:, own]
+    e_y = model.embed_answer(batch.target[own]) if guided else e_x
+    charged = plain = e_x.new_zeros(len(e_x), dtype=torch.float32)
+    for t in range(together, count):
         final = t == count - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and t >= count - window):
-            if not stochastic or (config.rollout == "prior" and not final):
+            if not guided or not (follow or final):
                 state = model.prior_transition(state, e_x, noise[t])
                 continue
             proposal: State = model.recursion(state, e_x)
         u = proposal.h
-        p = model.prior(u)
-        q = model.posterior(u[prior_rows:], e_y)
-        assert p is not None and q is not None
-        state = State(u + _join(p, q, noise[t], prior_rows), proposal.l)
+        q = model.posterior(u, e_y)
+        assert q is not None
+        state = State(u + q.sample(noise[t]), proposal.l)
         if final or config.kl == "every":
-            paired = _rows(p, prior_rows)
-            charged = charged + _position_kl(model, config, q, paired)
+            p = model.prior(u)
+            assert p is not None
+            charged = charged + _position_kl(model, config, q, p)
             with torch.no_grad():
-                plain = plain + kl(q, paired).sum(-1) / model.shape.positions
+                plain = plain + kl(q, p).sum(-1) / model.shape.positions
         if t < count - window:
             state = state.detach()
+    if prior_rows:
+        state = State(torch.cat([first.h, state.h]), torch.cat([first.l, state.l]))
     return state, charged, plain
 
 

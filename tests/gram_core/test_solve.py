@@ -76,6 +76,7 @@ def test_verified_answers_come_first_then_the_commonest_then_the_most_valued(fol
     class Drawn:
         prediction = np.stack(order)[None]
         value = values
+        steps = np.ones((1, 6), dtype=np.int64)
 
     monkeypatch.setattr("gram_core.solve.rollout", lambda *a, **k: Drawn)
     answers = solver.solve(PUZZLE, width=6)
@@ -85,6 +86,22 @@ def test_verified_answers_come_first_then_the_commonest_then_the_most_valued(fol
     assert [a.verified for a in answers] == [True, False, False, False]
     assert [a.count for a in answers] == [1, 2, 2, 1]
     assert [a.value for a in answers] == pytest.approx([0.0, 0.9, 0.2, 1.0])
+
+
+def test_stopping_when_verified_leaves_out_what_was_not_drawn(folder, monkeypatch):
+    solver = Solver.load(folder)
+    right = torch.from_numpy(solver.task.parse(RIGHT))
+    # An untrained model's third trajectory is made to be right.
+    true = solver.task.verify
+    made = iter(range(99))
+    monkeypatch.setattr(solver.task, "verify", lambda i, a: true(i, a) | (next(made) == 2))
+    answers = solver.solve(PUZZLE, batch=1, depth=1, stop_when_verified=True, width=9)
+    assert sum(a.count for a in answers) == 3
+    assert not torch.equal(right, torch.from_numpy(answers[0].tokens))
+    # Graphs of a rule; a picture has none.
+    monkeypatch.setattr(type(solver.task), "verifies", False)
+    with pytest.raises(ConfigError, match="no rule to verify"):
+        solver.solve(PUZZLE, stop_when_verified=True)
 
 
 def test_the_same_board_in_other_spellings_is_the_same_puzzle(folder):

@@ -43,6 +43,24 @@ def test_batch_and_compaction_do_not_show(whole: Path) -> None:
         assert other["value"].to_list() == pytest.approx(one["value"].to_list(), abs=1e-5)
 
 
+def test_stopping_when_verified_tells_the_same_of_any_valid(whole: Path) -> None:
+    changes = {"runs__tiny__sample__depths": [], "runs__tiny__sample__stop_when_verified": True}
+    write_params(params(**changes))
+    sample_run(load_run("tiny"))
+    frame = pl.read_parquet(TABLE)
+    for _, rows in frame.sort("trajectory").group_by("puzzle_id"):
+        valid = rows["valid"].to_list()
+        last = valid.index(True) if True in valid else 2
+        assert [steps > 0 for steps in rows["steps"]] == [j <= last for j in range(3)]
+    assert frame["valid"].any()
+    found = evaluate(load_run("tiny"))
+    names = {name.partition("@")[0].removesuffix("_low").removesuffix("_high") for name in found}
+    assert {"any_valid", "best_of_verifier", "steps"} <= names
+    assert not names & {"accuracy", "coverage", "majority", "best_of_value"}
+    first = frame.filter(pl.col("trajectory") == 0)["valid"].mean()
+    assert found["any_valid@1"] == pytest.approx(first)
+
+
 @pytest.mark.ray
 def test_workers_do_not_show(whole: Path) -> None:
     here = sampled()

@@ -226,6 +226,76 @@ def test_depths_are_sorted_and_unique():
     assert SampleConfig(depth=4, depths=(8, 2, 4)).all_depths == (2, 4, 8)
 
 
+def rule(inputs: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Accepts about a quarter of all answers."""
+    return (answers.int() + inputs).sum(-1) % 4 == 0
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize("compaction", [True, False])
+@pytest.mark.parametrize("halting", [True, False])
+def test_stopping_when_verified_is_drawing_one_after_the_other(
+    model, puzzles, batch, compaction, halting
+):
+    settings = config(
+        width=6, batch=batch, compaction=compaction, halting=halting, stop_when_verified=True
+    )
+    result = rollout(model, puzzles, settings, verify=rule)
+    drawn = 0
+    for p in range(len(puzzles.ids)):
+        accepted = False
+        for j in range(6):
+            row = p * 6 + j
+            if accepted:
+                assert result.steps[0, row] == 0
+                assert not result.halted[0, row]
+                assert not result.prediction[0, row].any()
+                continue
+            drawn += 1
+            # The first step that the halt head or the rule ends it at, or the last one.
+            for depth in range(1, 5):
+                draw = alone if halting else unhalted
+                halts, answer = draw(model, puzzles, p, j, depth)[1::2]
+                accepted = bool(rule(puzzles.inputs[p : p + 1], torch.from_numpy(answer)[None]))
+                if accepted or halts:
+                    break
+            assert result.steps[0, row] == depth
+            assert result.halted[0, row] == (accepted or halts)
+            assert np.array_equal(result.prediction[0, row], answer)
+    assert 7 < drawn < 42, "some puzzles need several trajectories, some are spared some"
+
+
+def unhalted(model, puzzles, p: int, j: int, depth: int):
+    """`alone` for a trajectory whose halt head is not asked."""
+    free = rollout(model, puzzles, config(width=6, depth=depth, halting=False))
+    row = p * 6 + j
+    return depth, False, 0.0, free.prediction[0, row]
+
+
+def test_a_deterministic_model_that_is_verified_is_drawn_once(make_model, puzzles):
+    twin = make_model(guidance="none")
+    settings = config(stop_when_verified=True, depth=1)
+    result = rollout(twin, puzzles, settings, verify=lambda i, a: torch.tensor([True] * len(a)))
+    assert result.steps[0].reshape(7, 3).tolist() == [[1, 0, 0]] * 7
+    none = rollout(twin, puzzles, settings, verify=lambda i, a: torch.tensor([False] * len(a)))
+    assert none.steps[0].reshape(7, 3).tolist() == [[1, 1, 1]] * 7
+
+
+def test_stopping_needs_a_rule_and_a_single_depth(model, puzzles):
+    with pytest.raises(ValueError, match="there is no rule"):
+        rollout(model, puzzles, config(stop_when_verified=True))
+    with pytest.raises(ConfigError, match="stop_when_verified answers for depth 16 alone"):
+        load(SampleConfig, {"stop_when_verified": True, "depths": [2]}, "sample")
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+def test_progress_counts_those_given_up(model, puzzles, compaction):
+    counts: list[int] = []
+    settings = config(width=6, batch=5, compaction=compaction, stop_when_verified=True)
+    rollout(model, puzzles, settings, progress=counts.append, verify=rule)
+    assert sum(counts) == 42
+
+
 @pytest.mark.parametrize("key", ["depth", "width", "batch"])
 def test_nothing_to_sample_is_an_error_that_names_the_key(key):
     with pytest.raises(ConfigError, match=rf"^sample\.{key}: "):
