@@ -1,58 +1,77 @@
-"""Counter-based Gaussian noise: a function of (seed, puzzle, trajectory, step) and of nothing else.
+"""Gaussian noise as a function of what it is for, and of nothing else.
 
-A trajectory keeps its noise whatever batch, worker or order it is computed in. The generator is
-Philox (numpy), keyed by a hash of seed, puzzle and trajectory, with the supervision step as its
-counter; nothing is consumed in sequence from one step to the next.
+The noise of a supervision step is drawn by a generator of its own, seeded by a hash: for sampling
+of (seed, puzzle, trajectory, step), for training of (seed, iteration, slot). So a trajectory keeps
+its noise whatever batch, worker or order it is computed in, and a resumed run needs no generator's
+state. The generator is torch's on the CPU, Mersenne's twister, which takes 32 bits of a seed: of
+many steps a few have the noise of another puzzle's, which no statistic here can tell.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from hashlib import blake2b
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Key = np.ndarray  # two uint64 words
+Key = bytes
+# Fewer numbers than this are not worth a second thread.
+PARALLEL = 1 << 18
 
 
 def trajectory_key(seed: int, puzzle_id: str, trajectory: int) -> Key:
-    """The 128-bit Philox key of one trajectory of one puzzle."""
-    text = f"{seed}\0{puzzle_id}\0{trajectory}".encode()
-    return np.frombuffer(blake2b(text, digest_size=16).digest(), dtype=np.uint64)
+    """The key of one trajectory of one puzzle."""
+    return blake2b(f"{seed}\0{puzzle_id}\0{trajectory}".encode(), digest_size=16).digest()
 
 
-def step_noise(key: Key, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 noise of `shape` for one supervision step of one trajectory."""
-    # The step sits in the third counter word, 2^128 draws away from its neighbours.
-    philox = np.random.Philox(key=key, counter=np.array([0, 0, step, 0], dtype=np.uint64))
-    return np.random.Generator(philox).standard_normal(shape, dtype=np.float32)
+def step_noise(key: Key, step: int, shape: tuple[int, int, int]) -> Float[Tensor, "T L D"]:
+    """Standard normal noise of one supervision step of one trajectory; `shape` is (T, L, D)."""
+    return batch_noise([key], [step], shape)[:, 0]
 
 
 def batch_noise(
     keys: Sequence[Key], steps: Sequence[int], shape: tuple[int, int, int]
 ) -> Float[Tensor, "T B L D"]:
     """Noise of a batch of trajectories, each at its own supervision step; `shape` is (T, L, D)."""
-    transitions, length, dim = shape
-    out = np.empty((transitions, len(keys), length, dim), dtype=np.float32)
-    for row, (key, step) in enumerate(zip(keys, steps, strict=True)):
-        out[:, row] = step_noise(key, step, shape)
-    return torch.from_numpy(out)
+    pairs = zip(keys, steps, strict=True)
+    return _drawn([_seed(key + step.to_bytes(4)) for key, step in pairs], shape)
 
 
 def training_noise(
     seed: int, iteration: int, slots: Sequence[int], shape: tuple[int, int, int]
 ) -> Float[Tensor, "T B L D"]:
-    """Standard normal noise of one training iteration for the slots of these numbers; `shape` is
-    (T, L, D).
+    """Noise of one training iteration for the slots of these numbers among all slots of the run;
+    `shape` is (T, L, D). How many workers share the slots does not show."""
+    text = f"train\0{seed}\0{iteration}\0".encode()
+    return _drawn([_seed(text + str(slot).encode()) for slot in slots], shape)
 
-    Each slot's noise is seeded anew each iteration by its number among all slots of the run, so
-    that a resumed run needs no generator state, and how many workers share the slots does not show.
-    """
-    out = torch.empty((len(slots), *shape))
-    generator = torch.Generator()
-    for row, slot in enumerate(slots):
-        text = f"train\0{seed}\0{iteration}\0{slot}".encode()
-        generator.manual_seed(int.from_bytes(blake2b(text, digest_size=8).digest()) >> 1)
-        torch.randn(shape, generator=generator, out=out[row])
+
+def _seed(text: bytes) -> int:
+    return int.from_bytes(blake2b(text, digest_size=8).digest()) >> 1
+
+
+def _drawn(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "T B L D"]:
+    """Standard normal noise, row by row from generators of these seeds."""
+    out = torch.empty((len(seeds), *shape))
+    threads = torch.get_num_threads()
+    if threads == 1 or out.numel() < PARALLEL:
+        _fill(out, seeds)
+    else:
+        cut = -(-len(seeds) // threads)
+        starts = range(0, len(seeds), cut)
+        pieces = [out[start : start + cut] for start in starts]
+        list(_pool(threads).map(_fill, pieces, [seeds[s : s + cut] for s in starts]))
     return out.transpose(0, 1)
+
+
+def _fill(out: Float[Tensor, "B T L D"], seeds: Sequence[int]) -> None:
+    generator = torch.Generator()
+    for row, seed in zip(out, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(seed))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "noise")

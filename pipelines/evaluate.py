@@ -30,7 +30,7 @@ from gram_core.evaluate.metrics import (
 from gram_core.files import write_atomic
 from gram_core.model.gram import GRAM
 from gram_core.model.store import load_model
-from gram_core.noise import batch_noise, trajectory_key
+from gram_core.noise import Key, batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tables import TableError
 from gram_core.tasks.base import Task
@@ -225,7 +225,7 @@ def _bounds(
         rows = range(start, min(start + size, count))
         keys = [trajectory_key(config.seed, f"bound of pair {row}", 0) for row in rows]
 
-        def noise(step: int, keys: list[np.ndarray] = keys) -> torch.Tensor:
+        def noise(step: int, keys: list[Key] = keys) -> torch.Tensor:
             return batch_noise(keys, [step] * len(keys), (transitions, model.length, shape.dim))
 
         inputs, target, puzzle = (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from gram_core.model.gram import GRAM
 from gram_core.model.recursion import State
-from gram_core.noise import batch_noise, trajectory_key
+from gram_core.noise import Key, batch_noise, trajectory_key
 from gram_core.precision import Precision, autocast, resolve
 from gram_core.shape import Verifier
 from gram_core.tasks.batches import Puzzles
@@ -275,7 +275,7 @@ def rollout(
 
 
 def _noise(
-    model: GRAM, live: _Live, keys: Sequence[np.ndarray], config: SampleConfig
+    model: GRAM, live: _Live, keys: Sequence[Key], config: SampleConfig
 ) -> Float[Tensor, "T M L D"] | None:
     """What the prior's transitions of the next supervision step draw."""
     if not keys:

@@ -45,7 +45,7 @@ def alone(model, puzzles, p: int, j: int, depth: int, temperature: float = 1.0, 
     state, e_x = model.initial_state(1), model.embed(puzzles.inputs[p : p + 1])
     for step in range(depth):
         key = trajectory_key(seed, puzzles.ids[p], j)
-        noise = torch.from_numpy(step_noise(key, step, (c.T, model.length, c.dim)))
+        noise = step_noise(key, step, (c.T, model.length, c.dim))
         for t in range(c.T):
             proposal = model.recursion(state, e_x)
             prior = model.prior(proposal.h)
