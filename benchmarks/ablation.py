@@ -20,13 +20,14 @@ import torch
 from tqdm import tqdm
 
 from gram_core import tables
+from gram_core.compile import compiled
 from gram_core.config import ConfigError, load
 from gram_core.evaluate.metrics import EvaluateConfig, puzzle_table, summarise
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.tasks.registry import make_task
-from gram_core.train.engine import PlainEngine, Supervised, compiled
+from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, averaged, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.blocks import Block

@@ -22,12 +22,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import flops
+from gram_core.compile import compiled
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tables import tokens_numpy
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.tasks.nqueens import NQueens, NQueensConfig
-from gram_core.train.engine import PlainEngine, Supervised, compiled
+from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.runtime import device_name, entry, environment, say, threads

@@ -26,12 +26,17 @@ class Cost:
     seconds: float
     measured: int
 
+    @property
+    def whole(self) -> float:
+        """Seconds of one worker for all of it."""
+        return self.trajectories * self.seconds
+
     def line(self, workers: int) -> str:
         """For a person."""
         steps = self.trajectories * self.steps
         return (
             f"{self.trajectories:,} trajectories of at most {self.depth} supervision steps, "
-            f"about {steps:,.0f} steps in all: {self.trajectories * self.seconds / workers:,.0f} s "
+            f"about {steps:,.0f} steps in all: {self.whole / workers:,.0f} s "
             f"on {workers} worker{'s' * (workers > 1)} (calibrated on {self.measured})"
         )
 

@@ -18,6 +18,7 @@ import torch
 from dvclive import Live
 from tqdm import tqdm
 
+from gram_core.compile import compiled
 from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.files import write_atomic
@@ -27,7 +28,7 @@ from gram_core.shape import TokenShape
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import Checkpoints, FolderStore, Store
-from gram_core.train.engine import Engine, PlainEngine, Supervised, compiled
+from gram_core.train.engine import Engine, PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, averaged, final_metrics, make_slots, train
 from gram_core.train.objective import ObjectiveConfig, Terms
 from pipelines import storage

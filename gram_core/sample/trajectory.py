@@ -39,7 +39,8 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     How a run is spread does not show in its results: `concurrency` is the number of Ray's workers,
     0 to sample in the calling process, and `max_concurrency` the number that the pool may grow to;
     each has `cores` CPU cores (by default, all there are shared out) and `num_gpus` GPUs (1 where
-    there are any)."""
+    there are any). `compile` says whether the supervision step is compiled: by default where the
+    whole run is expected to take minutes."""
 
     seed: NonNegativeInt = 0
     width: PositiveInt = 20
@@ -52,6 +53,7 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     stop_when_verified: bool = False
     temperature: NonNegativeFloat = 1.0
     precision: Precision = "fp32"
+    compile: bool | None = None
     concurrency: NonNegativeInt = 1
     max_concurrency: PositiveInt | None = None
     cores: PositiveInt | None = None

@@ -4,8 +4,7 @@ The loop knows only `Engine`. `PlainEngine` needs torch alone; the one over Deep
 `pipelines.engine`.
 """
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -91,17 +90,6 @@ def state_with(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tens
     names = [name for name, _ in model.named_parameters()]
     state = {**model.state_dict(), **dict(zip(names, parameters, strict=True))}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def compiled(module: Supervised, say: Callable[[str], None]) -> Supervised:
-    """`module` with its forward compiled for static shapes; unchanged, with one line that says
-    so, where this machine has no compiler for it."""
-    device = next(module.parameters()).device
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        say("no C++ compiler found: training without torch.compile, at about half the speed")
-        return module
-    module.compile(dynamic=False)
-    return module
 
 
 def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,9 +1,6 @@
-import shutil
-
 import pytest
 import torch
 
-from gram_core.train.engine import compiled
 from gram_core.train.objective import supervise
 
 
@@ -78,28 +75,6 @@ def test_bf16_computes_products_in_bfloat16_and_keeps_float32_weights(make_run):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     narrow.go()
     assert all(p.dtype == torch.float32 for p in narrow.engine.model.parameters())
-
-
-def test_without_a_compiler_training_goes_on_uncompiled_and_says_so(make_run, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    said: list[str] = []
-    module = make_run().engine.module
-    assert compiled(module, said.append) is module
-    assert module._compiled_call_impl is None
-    assert len(said) == 1
-    assert "no C++ compiler" in said[0]
-
-
-# Importing torch's compiler warns of its own use of torch.jit.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
-def test_with_a_compiler_the_forward_is_compiled_without_a_word(make_run, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
-    said: list[str] = []
-    module = make_run().engine.module
-    compiled(module, said.append)
-    # Only marked: torch compiles at the first call, which this test does not make.
-    assert module._compiled_call_impl is not None
-    assert said == []
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")

@@ -1,0 +1,84 @@
+"""What stopping early saves, on a trained run: `python -m benchmarks.halting [RUN]`.
+
+All test inputs of the run (default `nqueens8_gram`; `make repro` trains it), 20 trajectories, to
+the run's largest depth, in this process. With compaction, rows that halted leave the batch; without
+it they are computed to the end, which is full depth, with the same answers. Then the trajectories
+up to the first valid answer of each input (`sample.stop_when_verified`), and the share of the time
+that drawing noise takes. Turns, medians; prints Markdown.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from gram_core.model.store import load_model
+from gram_core.noise import batch_noise, trajectory_key
+from gram_core.sample.trajectory import SampleConfig, Trajectories, rollout
+from pipelines.dataset import held_out
+from pipelines.params import MODELS, load_run
+from pipelines.runtime import device_name, entry, threads
+
+TURNS = 3
+WIDTH = 20
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came of it."""
+    start = time.perf_counter()
+    found = call()
+    return time.perf_counter() - start, found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure in turns, and print the tables."""
+    run = load_run(arguments[0] if arguments else "nqueens8_gram")
+    torch.set_num_threads(threads())
+    model, about = load_model(MODELS / run.name)
+    model = model.to(device_name()).eval()
+    puzzles, _ = held_out(run.task_name, run.task, about.get("identifiers", []))
+    base = run.section("sample", SampleConfig)
+    depth = max(base.all_depths)
+    base = msgspec.structs.replace(base, width=WIDTH, depth=depth, depths=(), halting=True)
+    ways = {
+        "full depth": msgspec.structs.replace(base, compaction=False),
+        "halting and compaction": base,
+        "and stop at the first valid answer": msgspec.structs.replace(
+            base, stop_when_verified=True
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Trajectories] = {}
+    for _ in range(TURNS):
+        for name, config in ways.items():
+            draw = partial(rollout, model, puzzles, config, verify=run.task.verify)
+            taken, found[name] = timed(draw)
+            seconds[name].append(taken)
+    total = len(puzzles.ids) * WIDTH
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    full = middle["full depth"]
+    print(f"{run.name}: {total:,} trajectories to depth {depth}, {threads()} threads\n")
+    print("| sampling | seconds | trajectories a second | ratio | steps a trajectory |")
+    print("|---|---|---|---|---|")
+    for name, s in middle.items():
+        steps = depth if name == "full depth" else found[name].steps.mean()
+        print(f"| {name} | {s:.1f} | {total / s:,.0f} | {full / s:.2f} | {steps:.2f} |")
+    one, other = (found[name] for name in list(ways)[:2])
+    same = (one.prediction == other.prediction).all(-1).mean()
+    agree = np.array_equal(one.steps, other.steps)
+    print(f"\nanswers alike with and without compaction: {same:.2%}, steps alike: {agree}")
+    steps = int(found["halting and compaction"].steps.sum())
+    shape = (model.config.T, model.length, model.config.dim)
+    keys = [trajectory_key(0, str(row), 0) for row in range(base.batch)]
+    each, _ = timed(lambda: [batch_noise(keys, [0] * len(keys), shape) for _ in range(10)])
+    noise = each / 10 / base.batch * steps
+    print(f"noise: {noise / middle['halting and compaction']:.1%} of the time with compaction")
+
+
+if __name__ == "__main__":
+    entry(main)
