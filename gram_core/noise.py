@@ -54,7 +54,9 @@ def _seed(text: bytes) -> int:
 
 def _drawn(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "T B L D"]:
     """Standard normal noise, row by row from generators of these seeds."""
-    out = torch.empty((len(seeds), *shape))
+    # A tensor of inference mode could not be written by other threads.
+    with torch.inference_mode(False):
+        out = torch.empty((len(seeds), *shape))
     threads = torch.get_num_threads()
     if threads == 1 or out.numel() < PARALLEL:
         _fill(out, seeds)

@@ -68,6 +68,8 @@ def test_threads_change_nothing(monkeypatch):
     monkeypatch.setattr("gram_core.noise.PARALLEL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(batch_noise(keys, steps, SHAPE), alone)
+    with torch.inference_mode():
+        assert torch.equal(batch_noise(keys, steps, SHAPE), alone)
 
 
 def test_a_step_missing_for_a_row_is_an_error():
