@@ -4,7 +4,7 @@ Post-norm blocks without biases and with a parameter-free RMSNorm, so that every
 normalised (an un-normalised u lets the KL diverge). This module knows neither the recursion nor
 the latent variables.
 
-Shapes: B batch, L positions, D width, H heads, C = D / H, F hidden width.
+Shapes: B batch, L positions, D width, H heads, C = D / H, E = C / 2, F hidden width.
 """
 
 import math
@@ -44,16 +44,14 @@ def rms_norm(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return (wide * scale).to(x.dtype)
 
 
-def rope_table(length: int, channels: int, base: float) -> Float[Tensor, "2 L C/2"]:
+def rope_table(length: int, channels: int, base: float) -> Float[Tensor, "2 L E"]:
     """Cosines and sines of rotary embedding for positions 0..length-1."""
     frequency = base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rotate(
-    x: Float[Tensor, "B H L C"], table: Float[Tensor, "2 L C/2"]
-) -> Float[Tensor, "B H L C"]:
+def rotate(x: Float[Tensor, "B H L C"], table: Float[Tensor, "2 L E"]) -> Float[Tensor, "B H L C"]:
     """Rotary embedding of queries or keys (half-split convention)."""
     cos, sin = table.to(x.dtype)
     # Half by half: of a roll, or a flip, the compiler does not vectorise the backward.
