@@ -50,12 +50,14 @@ ablation: $(READY)
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation settings
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation profile
 
-## bench: training and sampling speed as ratios, data a second, what ARC would cost, two workers
-## against one (this last wants models/nqueens8_gram: make repro)
+## bench: training and sampling as shares of the GEMM limit, growth of cost, data builders, what ARC
+## would cost; halting, and two workers against one (these two want models/nqueens8_gram: make repro)
 bench: $(READY)
 	python -m benchmarks.speed
+	python -m benchmarks.scaling
 	python -m benchmarks.data
 	python -m benchmarks.arc_cost
+	python -m benchmarks.halting
 	python -m benchmarks.workers
 
 clean:

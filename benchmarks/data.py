@@ -2,7 +2,8 @@
 
 Reads Sudoku files (columns question and answer, 9x9) as the task does, with the proof that every
 puzzle has one solution and that it is its answer; without files, puzzles that it generates. Then
-builds the paper's 13,465 + 192 graphs of 10 vertices with all their colourings. Prints Markdown.
+builds the paper's 13,465 + 192 graphs of 10 vertices with all their colourings, and N-Queens data
+sets of growing size, whole: solutions, completions, split, tables. Prints Markdown.
 """
 
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from gram_core.tasks.graph_coloring import GraphColoringConfig, colourings, random_graphs
+from gram_core.tasks.nqueens import NQueens, NQueensConfig
 from gram_core.tasks.sudoku import Generated, board_id, generate_puzzles, read_puzzles
 from gram_core.tasks.sudoku_solver import solve
 from pipelines.runtime import entry
@@ -41,7 +43,7 @@ def graphs(config: GraphColoringConfig) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Time both, after one small call each to compile."""
+    """Time them, after one small call each to compile."""
     solve(np.zeros((1, 81), np.uint8), 9)
     small = GraphColoringConfig(vertices=10, train=10, test=1)
     graphs(small)
@@ -56,6 +58,17 @@ def main(arguments: Sequence[str]) -> None:
     pairs = graphs(GraphColoringConfig(vertices=10, train=13_465, test=192))
     seconds = time.perf_counter() - start
     print(f"| colourings of 13,657 graphs | {pairs:,} | {seconds:.2f} | {pairs / seconds:,.0f} |")
+    for size, remove in ((8, (5, 6, 7)), (10, (7, 8, 9)), (12, (9, 10, 11))):
+        task = NQueens(NQueensConfig(size=size, remove=remove))
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            made = task.generate(Path)
+            times.append(time.perf_counter() - start)
+        seconds = min(times)
+        name = f"{size}-queens, {made.metadata['inputs']:,} inputs"
+        pairs = made.metadata["pairs"]
+        print(f"| {name} | {pairs:,} | {seconds:.2f} | {pairs / seconds:,.0f} |")
 
 
 if __name__ == "__main__":

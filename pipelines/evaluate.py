@@ -41,6 +41,10 @@ from pipelines.provenance import provenance
 
 POSITIONS = 32768  # of the bounds, at a time
 
+# What is left where the first valid answer ends a puzzle: trajectories that were not drawn say
+# nothing of accuracy, coverage or selection.
+EARLY = ("any_valid", "best_of_verifier", "steps")
+
 
 def evaluate(run: Run) -> dict[str, float]:
     """results/RUN/puzzles.parquet, metrics.json and scaling.csv; returns the metrics.
@@ -165,9 +169,7 @@ def _common(
     the steps are left; so it is where the first valid answer ends a puzzle."""
     found = metrics(puzzles, sample.depth, config)
     if sample.stop_when_verified:
-        # Trajectories that were not drawn say nothing of accuracy, coverage or selection.
-        early = ("any_valid", "best_of_verifier", "steps")
-        return {name: value for name, value in found.items() if name.startswith(early)}
+        return {name: value for name, value in found.items() if name.startswith(EARLY)}
     if run.task.conditional:
         return found
     kept = {"distinct", "steps", "steps_low", "steps_high"}
@@ -265,6 +267,7 @@ def _scaling(puzzles: pl.DataFrame, sample: SampleConfig, config: EvaluateConfig
         for depth in sample.all_depths
         for width in config.widths
         for name, e in summarise(puzzles, width, depth, config).items()
+        if name in EARLY or not sample.stop_when_verified
     ]
     columns = ["depth", "width", "metric", "value", "low", "high"]
     return pl.DataFrame(records, schema=columns, orient="row")

@@ -62,6 +62,9 @@ def test_stopping_when_verified_draws_until_one_is_valid(
     names = {name.partition("@")[0].removesuffix("_low").removesuffix("_high") for name in found}
     assert {"any_valid", "best_of_verifier", "steps"} <= names
     assert not names & {"accuracy", "coverage", "majority", "best_of_value"}
+    assert set(pl.read_csv("results/tiny/scaling.csv")["metric"]) == {
+        "any_valid", "best_of_verifier", "steps",
+    }  # fmt: skip
     first = frame.filter(pl.col("trajectory") == 0)["valid"].mean()
     assert found["any_valid@1"] == pytest.approx(first)
 
