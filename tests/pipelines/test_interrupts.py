@@ -21,6 +21,7 @@ from pipelines.params import read_params
 from pipelines.report.build import build
 
 STAGES = ("generate", "augment", "train", "sample", "evaluate", "report")
+METRICS = "results/tiny/metrics.json"
 SETTINGS = {
     "tasks__queens__size": 6,
     "runs__tiny__train__steps": 300,
@@ -171,7 +172,10 @@ def completes_as(reference: Path, path: Path) -> None:
     done = dvc(path, "repro")
     assert done.returncode == 0, done.stdout
     assert json.loads(dvc(path, "status", "--json").stdout) == {}
-    assert outcome(path) == outcome(reference)
+    found, expected = outcome(path), outcome(reference)
+    # Threads may add up in another order: the last digits of the bounds are the machine's.
+    assert found.pop(METRICS) == pytest.approx(expected.pop(METRICS), rel=1e-5)
+    assert found == expected
     assert (path / "report/index.html").is_file()
 
 
