@@ -1,10 +1,10 @@
 """What stopping early saves, on a trained run: `python -m benchmarks.halting [RUN]`.
 
 All test inputs of the run (default `nqueens8_gram`; `make repro` trains it), 20 trajectories, to
-the run's largest depth, in this process. With compaction, rows that halted leave the batch; without
-it they are computed to the end, which is full depth, with the same answers. Then the trajectories
-up to the first valid answer of each input (`sample.stop_when_verified`), and the share of the time
-that drawing noise takes. Turns, medians; prints Markdown.
+the run's largest depth, in this process. Full depth halts nothing. Without compaction rows that
+halted stay in the batch until all have; with it they leave, and the answers are the same. Then the
+trajectories up to the first valid answer of each input (`sample.stop_when_verified`), and the share
+of the time that drawing noise takes. Turns, medians; prints Markdown.
 """
 
 import statistics
@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from gram_core.config import ConfigError
 from gram_core.model.store import load_model
 from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig, Trajectories, rollout
@@ -45,8 +46,11 @@ def main(arguments: Sequence[str]) -> None:
     base = run.section("sample", SampleConfig)
     depth = max(base.all_depths)
     base = msgspec.structs.replace(base, width=WIDTH, depth=depth, depths=(), halting=True)
+    if not run.task.verifies:
+        raise ConfigError(f"the task of {run.name} has no rule to verify answers by")
     ways = {
-        "full depth": msgspec.structs.replace(base, compaction=False),
+        "full depth": msgspec.structs.replace(base, halting=False),
+        "halting without compaction": msgspec.structs.replace(base, compaction=False),
         "halting and compaction": base,
         "and stop at the first valid answer": msgspec.structs.replace(
             base, stop_when_verified=True
@@ -66,9 +70,9 @@ def main(arguments: Sequence[str]) -> None:
     print("| sampling | seconds | trajectories a second | ratio | steps a trajectory |")
     print("|---|---|---|---|---|")
     for name, s in middle.items():
-        steps = depth if name == "full depth" else found[name].steps.mean()
+        steps = found[name].steps.mean()
         print(f"| {name} | {s:.1f} | {total / s:,.0f} | {full / s:.2f} | {steps:.2f} |")
-    one, other = (found[name] for name in list(ways)[:2])
+    one, other = (found[name] for name in list(ways)[1:3])
     same = (one.prediction == other.prediction).all(-1).mean()
     agree = np.array_equal(one.steps, other.steps)
     print(f"\nanswers alike with and without compaction: {same:.2%}, steps alike: {agree}")

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks import flops
 from gram_core.compile import compiled
 from gram_core.model.gram import GRAM, ModelConfig
-from gram_core.sample.trajectory import SampleConfig, rollout
+from gram_core.sample.trajectory import SampleConfig, SupervisionStep, rollout
 from gram_core.tables import tokens_numpy
 from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.tasks.nqueens import NQueens, NQueensConfig
@@ -130,11 +130,12 @@ def sampling(size: str, dtype: str, turn: Callable[[float], None]) -> None:
         precision="bf16" if dtype == "bf16" else "fp32",
     )  # fmt: skip
     puzzles = Puzzles.of([str(n) for n in range(PUZZLES)], examples.inputs[:PUZZLES])
-    rollout(model, puzzles, config)
+    step = compiled(SupervisionStep(model, config), say, dynamic=True)
+    rollout(model, puzzles, config, step=step)
     while True:
         synchronise()
         start = time.perf_counter()
-        rollout(model, puzzles, config)
+        rollout(model, puzzles, config, step=step)
         synchronise()
         turn(time.perf_counter() - start)
 

@@ -13,10 +13,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def compiled(module: Module, say: Callable[[str], None], *, dynamic: bool = False) -> Module:
     """`module` with its forward compiled, for static shapes or for any number of rows; unchanged,
-    with one line that says so, where this machine has no compiler for it or compiling fails."""
+    with one line that says so, where this machine has no compiler for it or compiling the forward
+    fails. (A backward is compiled where it is first called, out of reach from here.)"""
     device = next(module.parameters()).device
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        say("no C++ compiler found: running without torch.compile, at about half the speed")
+        say("no C++ compiler found: running without torch.compile, which is slower")
         return module
     plain = module.forward
     fast = torch.compile(plain, dynamic=dynamic)
@@ -25,8 +26,8 @@ def compiled(module: Module, say: Callable[[str], None], *, dynamic: bool = Fals
         try:
             return fast(*arguments)
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            say(f"torch.compile failed ({reason}): running without it, at about half the speed")
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            say(f"torch.compile failed ({reason}): running without it, which is slower")
             module.forward = plain
             return plain(*arguments)
 

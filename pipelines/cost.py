@@ -26,17 +26,12 @@ class Cost:
     seconds: float
     measured: int
 
-    @property
-    def whole(self) -> float:
-        """Seconds of one worker for all of it."""
-        return self.trajectories * self.seconds
-
     def line(self, workers: int) -> str:
         """For a person."""
         steps = self.trajectories * self.steps
         return (
             f"{self.trajectories:,} trajectories of at most {self.depth} supervision steps, "
-            f"about {steps:,.0f} steps in all: {self.whole / workers:,.0f} s "
+            f"about {steps:,.0f} steps in all: {self.trajectories * self.seconds / workers:,.0f} s "
             f"on {workers} worker{'s' * (workers > 1)} (calibrated on {self.measured})"
         )
 
@@ -57,7 +52,7 @@ def calibrate(model: GRAM, puzzles: Puzzles, config: SampleConfig, cores: int) -
             puzzles.puzzle[rows],
         )
         # A copy: the job's own model goes to workers that may have another device.
-        model = copy.deepcopy(model).to(device_name())
+        model = copy.deepcopy(model).to(device_name(config.num_gpus))
         # What the first verified answer will save cannot be told from a few.
         config = msgspec.structs.replace(config, stop_when_verified=False)
         # The first call of every kind pays for what later ones reuse.

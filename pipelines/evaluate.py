@@ -66,7 +66,7 @@ def evaluate(run: Run) -> dict[str, float]:
     puzzles = seen.puzzles()
     found = {
         **_common(run, puzzles, sample, config),
-        **_own(run, seen, groups, config),
+        **({} if sample.stop_when_verified else _own(run, seen, groups, config)),
         **_bounds(run, model, groups, config),
     }
     scaling = _scaling(puzzles, sample, config)

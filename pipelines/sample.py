@@ -132,6 +132,9 @@ class Sampler:
         valid = exact
         if self.task.verifies:
             valid = self.task.verify(inputs[order], torch.from_numpy(predictions)).numpy()
+        # One that was not drawn has no answer, whatever a rule says of nothing.
+        drawn = result.steps[depth, order] > 0
+        exact, valid = exact & drawn, valid & drawn
         return pa.table(
             {
                 "puzzle_id": pa.array(np.array(puzzles.ids)[order // width]),
@@ -268,7 +271,7 @@ def sample_here(
     cores = job.config.cores or threads()
     cost = calibrate(job.model, job.puzzles, job.config, cores)
     say(f"sample {job.name}: {cost.line(1)}")
-    compile = _worth_compiling(job.config, cost, 1)
+    compile = _worth_compiling(job, todo, cost, 1)
     sampler = Sampler(job.model, job.task, job.config, cores, compile=compile)
     for block in todo:
         span = slice(block.start, block.stop)
@@ -279,8 +282,11 @@ def sample_here(
         store.add(name)
 
 
-def _worth_compiling(config: SampleConfig, cost: Cost, workers: int) -> bool:
-    return cost.whole / workers > WORTH if config.compile is None else config.compile
+def _worth_compiling(job: Job, todo: list[Block], cost: Cost, workers: int) -> bool:
+    if job.config.compile is not None:
+        return job.config.compile
+    left = sum(block.trajectories for block in todo)
+    return left * cost.seconds / workers > WORTH
 
 
 def sample_on_ray(
@@ -320,7 +326,7 @@ def sample_on_ray(
             fn_constructor_args=(
                 job.model, job.task, config, cores, board, store if apart else None,
             ),
-            fn_constructor_kwargs={"compile": _worth_compiling(config, cost, most)},
+            fn_constructor_kwargs={"compile": _worth_compiling(job, todo, cost, most)},
             compute=ActorPoolStrategy(
                 min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
             ),

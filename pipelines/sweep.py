@@ -212,7 +212,7 @@ def _reachable(name: str, config: SweepConfig) -> None:
     if config.storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
         raise GramError(
             f"params.yaml: sweeps.{name}.storage: the Ray cluster has several machines; name an "
-            "s3:// prefix that all of them reach"
+            "s3:// prefix, or a folder, that all of them reach"
         )
 
 

@@ -207,14 +207,13 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
                 known = next((f for f in failures if isinstance(f, GramError)), None)
                 if known is not None:
                     raise known from None
-                dead = next((f for f in failures if _is_death(f)), None)
-                if dead is None:
-                    raise
+                if not all(map(_is_death, failures)):
+                    raise  # one failed by itself, and others with it
                 if restart == job.train.restarts:
                     raise GramError(
                         f"train {job.name}: a worker died, after {restart} restarts; start it "
                         "again to go on from the newest checkpoint"
-                    ) from None
+                    ) from error
                 say(
                     f"train {job.name}: a worker died; all go on from the newest checkpoint "
                     f"(restart {restart + 1} of {job.train.restarts})"

@@ -34,11 +34,20 @@ def build(
     and from the sweeps found there.
 
     `runs` and `tasks` are the mappings of that name in params.yaml; where `tasks` is left out, a
-    task's settings are taken from what its tables say made them. Raises `ReportError` where a
+    task's settings are taken from what its tables say made them. Runs that stop at the first valid
+    answer (`sample.stop_when_verified`) are left out. Raises `ReportError` where a
     file is missing, damaged or without a number that the page needs.
     """
+    # Where the first valid answer ends a puzzle there is nothing to compare with other runs.
+    runs = {
+        name: settings
+        for name, settings in runs.items()
+        if not settings.get("sample", {}).get("stop_when_verified")
+    }
     if not runs:
-        raise ReportError("params.yaml: runs is empty; a report needs at least one run")
+        raise ReportError(
+            "params.yaml: runs is empty, or all stop when verified; a report needs at least one run"
+        )
     for name, settings in runs.items():
         if not settings.get("task"):
             raise ReportError(f"params.yaml: runs.{name}: names no task")

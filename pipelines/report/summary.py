@@ -44,7 +44,9 @@ class Row:
 
 def row(found: Mapping[str, float]) -> Row:
     """The line of a run with these metrics."""
-    width = max(int(key[9:]) for key in found if re.fullmatch(r"distinct@\d+", key))
+    # A run that stops at the first valid answer has no `distinct`.
+    names = (re.fullmatch(r"(?:distinct|any_valid)@(\d+)", key) for key in found)
+    width = max(int(name[1]) for name in names if name)
     also = [f"{title} {_number(found, name, width)}" for name, title in OWN.items()]
     cells = [_cell(found, name, width) for name, _ in COLUMNS]
     return Row(width, cells, ", ".join(text for text in also if not text.endswith(NONE)))

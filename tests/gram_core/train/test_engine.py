@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from gram_core.train.objective import supervise
+from gram_core.train.engine import Supervised
+from gram_core.train.objective import Batch, ObjectiveConfig, supervise
 
 
 def loss_of(run):
@@ -95,3 +96,36 @@ def test_forward_is_one_graph_that_is_compiled_once(make_run, precision):
         run.engine.step(result.loss, 1e-3)
         run.slots.absorb([result])
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("transitions", [1, 2])
+def test_bfloat16_gradients_are_float32s_though_the_prior_goes_first(make_model, transitions):
+    """Autocast keeps casts of weights: those made for the rows without a gradient must not take it
+    from the others."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        model = make_model(T=transitions)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "down" in name and "head" in name:  # zero at first
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        module = Supervised(model, ObjectiveConfig(), None, prior_rows=2, precision=precision)
+        rows, length, dim = 8, model.length, model.config.dim
+        draw = torch.Generator().manual_seed(0)
+        tokens = torch.randint(1, 3, (rows, 16), generator=draw).to(torch.uint8)
+        none = torch.zeros(rows, dtype=torch.int32)
+        batch = Batch(
+            state=model.initial_state(rows), inputs=tokens, target=tokens, puzzle=none,
+            step=none.long(), last=none == 0, may_halt=none > 0,
+            trace=torch.zeros(rows, model.config.N_sup, dim),
+        )  # fmt: skip
+        noise = torch.randn(transitions, rows, length, dim, generator=draw)
+        module(batch, noise).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    wide, narrow = gradients
+    assert wide.keys() == narrow.keys()
+    for name, gradient in wide.items():
+        norm = gradient.norm()
+        if "recursion" in name or "_head" in name:
+            assert norm > 0, name
+            assert (narrow[name] - gradient).norm() < 0.2 * norm, name
