@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs__tiny__train__checkpoint_every=600,
             runs__tiny__train__ema=0.98,
             runs__tiny__train__optim__warmup=50,
-            runs__tiny__train__optim__lr=1e-2,
+            runs__tiny__train__optim__lr=5e-3,
             runs__tiny__objective__beta=1.5,
         )
         write_params(document)
