@@ -41,6 +41,7 @@ Progress = Callable[[int, int], None]  # of a block's number: so many trajectori
 SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
+TELL = 0.5  # seconds between two signs of life of a worker
 
 
 class Sampler:
@@ -102,13 +103,16 @@ class Sampler:
         self, puzzles: Puzzles, known: Sequence[set[bytes]], block: Block, progress: Progress
     ) -> pa.Table:
         """The rows of a block over these puzzles, in order of puzzle, trajectory and depth."""
-        width, done = block.count, 0
+        width, done, told = block.count, 0, 0.0
         config = msgspec.structs.replace(self.config, width=width)
 
         def ended(trajectories: int) -> None:
-            nonlocal done
+            nonlocal done, told
             done += trajectories
-            progress(block.number, done)
+            # Telling costs a message through Ray: not at each step, but the last in any case.
+            if time.monotonic() - told > TELL or done == block.trajectories:
+                told = time.monotonic()
+                progress(block.number, done)
 
         result = rollout(
             self.model,
