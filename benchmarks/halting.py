@@ -1,12 +1,14 @@
-"""What stopping early saves, on a trained run: `python -m benchmarks.halting [RUN]`.
+"""What stopping early saves, on a trained run.
 
-All test inputs of the run (default `nqueens8_gram`; `make repro` trains it), 20 trajectories, to
-the run's largest depth, in this process. Full depth halts nothing. Without compaction rows that
-halted stay in the batch until all have; with it they leave, and the answers are the same. Then the
-trajectories up to the first valid answer of each input (`sample.stop_when_verified`), and the share
-of the time that drawing noise takes. Turns, medians; prints Markdown.
+`python -m benchmarks.halting [RUN] [DEPTH] [TURNS]`: all test inputs of the run (`nqueens8_gram`,
+which `make repro` trains), 20 trajectories, to DEPTH supervision steps (the run's largest depth),
+TURNS times (3), in this process. Full depth halts nothing. Without compaction rows that halted stay
+in the batch until all have; with it they leave, and the answers are the same. Then the trajectories
+up to the first valid answer of each input (`sample.stop_when_verified`), and the share of the time
+that drawing noise takes. Medians of the turns; prints Markdown.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,13 +40,18 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure in turns, and print the tables."""
-    run = load_run(arguments[0] if arguments else "nqueens8_gram")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.halting")
+    parser.add_argument("run", nargs="?", default="nqueens8_gram")
+    parser.add_argument("depth", nargs="?", type=int)
+    parser.add_argument("turns", nargs="?", type=int, default=TURNS)
+    options = parser.parse_args(arguments)
+    run = load_run(options.run)
     torch.set_num_threads(threads())
     model, about = load_model(MODELS / run.name)
     model = model.to(device_name()).eval()
     puzzles, _ = held_out(run.task_name, run.task, about.get("identifiers", []))
     base = run.section("sample", SampleConfig)
-    depth = max(base.all_depths)
+    depth = options.depth or max(base.all_depths)
     base = msgspec.structs.replace(base, width=WIDTH, depth=depth, depths=(), halting=True)
     if not run.task.verifies:
         raise ConfigError(f"the task of {run.name} has no rule to verify answers by")
@@ -58,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Trajectories] = {}
-    for _ in range(TURNS):
+    for _ in range(options.turns):
         for name, config in ways.items():
             draw = partial(rollout, model, puzzles, config, verify=run.task.verify)
             taken, found[name] = timed(draw)
@@ -66,7 +73,8 @@ def main(arguments: Sequence[str]) -> None:
     total = len(puzzles.ids) * WIDTH
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     full = middle["full depth"]
-    print(f"{run.name}: {total:,} trajectories to depth {depth}, {threads()} threads\n")
+    print(f"{run.name}: {total:,} trajectories to depth {depth}, {threads()} threads, "
+          f"medians of {options.turns} turns\n")  # fmt: skip
     print("| sampling | seconds | trajectories a second | ratio | steps a trajectory |")
     print("|---|---|---|---|---|")
     for name, s in middle.items():
