@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("depth", nargs="?", type=int)
     parser.add_argument("turns", nargs="?", type=int, default=TURNS)
     options = parser.parse_args(arguments)
+    if options.turns < 1 or (options.depth is not None and options.depth < 1):
+        parser.error("DEPTH and TURNS are at least 1")
     run = load_run(options.run)
     torch.set_num_threads(threads())
     model, about = load_model(MODELS / run.name)
