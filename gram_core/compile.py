@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -19,6 +18,9 @@ def compiled(module: Module, say: Callable[[str], None], *, dynamic: bool = Fals
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         say("no C++ compiler found: running without torch.compile, which is slower")
         return module
+    # Here, because it takes as long to import as torch itself, and most processes compile nothing.
+    from torch._dynamo.exc import TorchDynamoException
+
     plain = module.forward
     fast = torch.compile(plain, dynamic=dynamic)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gram_core.train.engine import Supervised, adam_moments, load_adam_moments
+from gram_core.train.engine import Supervised, load_moments, moments_of
 from gram_core.train.loop import TrainConfig
 from gram_core.train.objective import Batch, Supervision
 from gram_core.train.optim import make_optimizer
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
 
     def moments(self) -> dict[str, Tensor]:
         if self.stage == 0:
-            return adam_moments(self.model, self.engine.optimizer)
+            return moments_of(self.model, self.engine.optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         flat = self._flat_state()
@@ -114,7 +114,7 @@ class DeepSpeedEngine:
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         if self.stage == 0:
             self.model.load_state_dict(weights)
-            load_adam_moments(self.model, self.engine.optimizer, moments)
+            load_moments(self.model, self.engine.optimizer, moments)
             return
         self._load_weights(weights)
         if moments:

@@ -92,7 +92,7 @@ def state_with(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tens
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser over the model's own parameters, by `kind.parameter`."""
     return {
         f"{kind}.{name}": torch.as_tensor(value)
@@ -101,10 +101,10 @@ def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     }
 
 
-def load_adam_moments(
+def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `adam_moments` gave. Raises `KeyError` for a parameter the model has not."""
+    """Restore what `moments_of` gave. Raises `KeyError` for a parameter the model has not."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, value in moments.items():
@@ -168,9 +168,9 @@ class PlainEngine:
         return list(whole)
 
     def moments(self) -> dict[str, Tensor]:
-        return adam_moments(self.model, self.optimizer)
+        return moments_of(self.model, self.optimizer)
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         # The state holds z_0 too, which is drawn anew with every model.
         self.model.load_state_dict(weights)
-        load_adam_moments(self.model, self.optimizer, moments)
+        load_moments(self.model, self.optimizer, moments)

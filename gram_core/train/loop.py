@@ -74,6 +74,11 @@ class TrainConfig(Config, frozen=True, kw_only=True):
             raise ValueError("engine: plain is one process; use workers: 1, or engine: deepspeed")
         if self.engine == "plain" and self.zero_stage:
             raise ValueError("engine: plain shards nothing; use zero_stage 0, or engine: deepspeed")
+        if self.optim.name == "muon" and self.zero_stage:
+            raise ValueError(
+                f"zero_stage {self.zero_stage} shards matrices that optim.name: muon steps whole; "
+                "use zero_stage 0, or optim.name: adamw"
+            )
         if self.prior_slots == 1:
             raise ValueError("prior_slots 1 leaves no slot to train on; use a share below 1")
 

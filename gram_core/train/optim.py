@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning-rate schedule (B.2; gaps G10, G16)."""
+"""The optimiser, AdamW or Muon, and the learning-rate schedule (B.2; gaps G10, G16)."""
 
 import math
 from typing import Any, Literal
@@ -8,15 +8,20 @@ from torch import nn
 
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from gram_core.model.encoders import Identifiers
+from gram_core.model.gram import GRAM
 
 
 class OptimConfig(Config, frozen=True, kw_only=True):
-    """AdamW. Betas and warm-up are HRM's and TRM's; the paper gives neither. `identifier_lr` and
+    """`adamw` as in the paper; or `muon`, which steps the matrices between hidden vectors along the
+    orthogonal factor of their momentum and leaves the rest to AdamW, with one `lr` and one decay
+    for both. Betas and warm-up are HRM's and TRM's; the paper gives neither. `identifier_lr` and
     `identifier_decay` are those of a table of learned identifiers (TRM's for ARC; gap G11)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
+    momentum: Fraction = 0.95
     weight_decay: NonNegativeFloat = 1.0
     decay_all: bool = False
     clip: NonNegativeFloat = 1.0
@@ -43,14 +48,51 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups, one fused kernel a step."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW, stepped as one: groups and state are those of both."""
+
+    def __init__(self, model: GRAM, config: OptimConfig) -> None:
+        matrices = hidden_matrices(model)
+        chosen = {id(matrix) for matrix in matrices}
+        groups = parameter_groups(model, config)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        muon = torch.optim.Muon(
+            matrices,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            # Updates of AdamW's usual size, so that a rate means the same to both.
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, _adamw(groups, config))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        for part in self.parts:
+            part.step()
+
+
+def hidden_matrices(model: GRAM) -> list[nn.Parameter]:
+    """The matrices that map hidden vectors to hidden vectors: all of the recursion's and of the
+    Gaussian heads'; not what tokens come in or go out by, nor the heads on one vector."""
+    parts = (model.recursion, model.prior_head, model.posterior_head)
+    return [p for part in parts if part is not None for p in part.parameters() if p.dim() == 2]
+
+
+def make_optimizer(model: GRAM, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config` names, over all of the model's parameters."""
+    if config.name == "muon":
+        return MuonAdamW(model, config)
+    return _adamw(parameter_groups(model, config), config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW, one fused kernel a step."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gram_core.config import load
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.shape import TokenShape
 from gram_core.tasks.batches import Examples
@@ -43,6 +44,8 @@ def run(case: dict[str, object]) -> dict[str, object]:
         "steps": 16, "batch": 32, "prior_slots": 0.125, "log_every": 4, "checkpoint_every": 8,
         "ema": 0.9, "compile": False, "optim": OptimConfig(lr=1e-2, warmup=2, weight_decay=0.1),
     }  # fmt: skip
+    if "optim" in case:
+        case["optim"] = load(OptimConfig, case["optim"], "optim")
     config = TrainConfig(**{**settings, **case})
     torch.manual_seed(0)
     module = Supervised(

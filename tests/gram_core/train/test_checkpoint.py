@@ -13,6 +13,7 @@ from gram_core.train.checkpoint import (
     Progress,
 )
 from gram_core.train.ema import EMA
+from gram_core.train.optim import OptimConfig
 
 
 def assert_same_end(run, other) -> None:
@@ -47,8 +48,9 @@ def kill(run, folder: Path, at: int = 5) -> None:
             "exploration": 0.5,
             "ema_warmup": False,
         },
+        {"optim": OptimConfig(name="muon", lr=1e-2, warmup=2)},
     ],
-    ids=["gram", "twin", "halting"],
+    ids=["gram", "twin", "halting", "muon"],
 )
 def test_a_killed_run_ends_as_an_unbroken_one(make_run, tmp_path, settings):
     unbroken = make_run(**settings).go()

@@ -121,6 +121,7 @@ def test_a_loss_that_is_not_finite_stops_training(make_run):
         ({"batch": 10, "workers": 3}, "batch 10 must be a multiple of workers 3"),
         ({"log_every": 50, "checkpoint_every": 70}, "checkpoint_every 70 must be a multiple"),
         ({"engine": "plain", "workers": 2}, "engine: plain is one process"),
+        ({"zero_stage": 2, "optim": {"name": "muon"}}, "zero_stage 2 shards matrices"),
         ({"prior_slots": 1.0}, "prior_slots 1 leaves no slot"),
         ({"prior_slots": 1.5}, "<= 1"),
         ({"steps": 0}, ">= 1"),

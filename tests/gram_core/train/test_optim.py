@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from gram_core.config import ConfigError, load
-from gram_core.train.optim import OptimConfig, learning_rate, make_optimizer, parameter_groups
+from gram_core.train.optim import (
+    OptimConfig,
+    hidden_matrices,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+)
 
 
 def names(model, group) -> set[str]:
@@ -53,6 +59,73 @@ def test_a_step_is_adamw_written_out(make_model):
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_muon_steps_the_matrices_between_hidden_vectors(make_model):
+    model = make_model(hierarchical=True)
+    matrices = {id(p) for p in hidden_matrices(model)}
+    chosen = {name for name, p in model.named_parameters() if id(p) in matrices}
+    assert {name.split(".")[0] for name in chosen} == {"recursion", "prior_head", "posterior_head"}
+    left = {name for name, _ in model.named_parameters()} - chosen
+    assert left == {
+        "embed_input.weight", "puzzle.weight", "embed_target.weight", "decoder.weight",
+        "halt.map.weight", "halt.map.bias", "value.map.weight", "value.map.bias",
+    }  # fmt: skip
+    assert hidden_matrices(make_model(guidance="none")) != []
+
+
+def test_a_step_of_muon_goes_along_the_orthogonal_factor_of_the_momentum(make_model):
+    config = OptimConfig(name="muon", lr=0.01, momentum=0.9, weight_decay=0.5)
+    model = make_model()
+    optimizer = make_optimizer(model, config)
+    matrices = hidden_matrices(model)
+    torch.manual_seed(0)
+    momenta = [torch.zeros_like(p, dtype=torch.float64) for p in matrices]
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        before = [p.detach().double().clone() for p in matrices]
+        optimizer.step()
+        for index, (p, was) in enumerate(zip(matrices, before, strict=True)):
+            assert p.grad is not None
+            gradient = p.grad.double()
+            momenta[index] = 0.9 * momenta[index] + 0.1 * gradient
+            looked_ahead = 0.9 * momenta[index] + 0.1 * gradient  # Nesterov
+            moved = was * (1 - 0.01 * 0.5) - p.detach().double()
+            update = moved / (0.01 * 0.2 * math.sqrt(max(p.shape)))
+            u, values, vt = torch.linalg.svd(looked_ahead, full_matrices=False)
+            values = values / looked_ahead.norm()
+            for _ in range(5):  # towards 1; all but very small ones end between 0.7 and 1.2
+                values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+            # The iteration on matrices runs in bfloat16.
+            torch.testing.assert_close(u @ values.diag() @ vt, update, rtol=0, atol=0.05)
+            assert (values > 0.65).double().mean() > 0.8
+
+
+def test_muon_leaves_the_rest_to_adamw_and_one_rate_moves_both(make_model):
+    moved = {}
+    for name in ("muon", "adamw"):
+        model = make_model()
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        optimizer = make_optimizer(model, OptimConfig(name=name, lr=1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        moved[name] = {key: p.detach() - before[key] for key, p in model.named_parameters()}
+    chosen = {id(p) for p in hidden_matrices(model)}
+    hidden = {key for key, p in model.named_parameters() if id(p) in chosen}
+    for key, change in moved["muon"].items():
+        other = moved["adamw"][key]
+        if key not in hidden:
+            torch.testing.assert_close(change, other, rtol=0, atol=0)
+        else:
+            # Not the same step, but one of about the same size.
+            assert not torch.allclose(change, other)
+            assert change.square().mean().sqrt() < other.square().mean().sqrt()
+            assert change.square().mean().sqrt() > 0.05 * other.square().mean().sqrt()
 
 
 def test_the_rate_warms_up_linearly_and_stays():
