@@ -12,7 +12,8 @@ from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.batches import Puzzles
 from pipelines.runtime import device_name
 
-SHARE = 20  # the calibration draws at most one trajectory in so many
+SHARE = 20  # the calibration draws at most one trajectory in so many,
+ENOUGH = 256  # and as many as fill a batch, or so many
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def calibrate(model: GRAM, puzzles: Puzzles, config: SampleConfig, cores: int) -
     torch.set_num_threads(cores)
     try:
         total = len(puzzles.ids) * config.width
-        budget = min(config.batch, max(1, total // SHARE))
+        budget = min(max(config.batch, ENOUGH), max(1, total // SHARE))
         width = min(config.width, budget)
         rows = torch.linspace(0, len(puzzles.ids) - 1, max(1, budget // width)).long()
         few = Puzzles(
