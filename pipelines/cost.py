@@ -12,8 +12,10 @@ from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.batches import Puzzles
 from pipelines.runtime import device_name
 
-SHARE = 20  # the calibration draws at most one trajectory in so many,
-ENOUGH = 256  # and as many as fill a batch, or so many
+# The calibration draws a batch of trajectories, or so many where a batch is smaller; but at most
+# one in SHARE of all.
+ENOUGH = 256
+SHARE = 20
 
 
 @dataclass(frozen=True)

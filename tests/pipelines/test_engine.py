@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {**TWO, **MUON},
 }
 
-FP32 = [name for name in CASES if name not in ("stage 3 in bf16", "muon")]
+CLOSE = [name for name in CASES if name not in ("stage 3 in bf16", "muon")]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("name", FP32)
+@pytest.mark.parametrize("name", CLOSE)
 def test_workers_parts_and_stages_add_rounding_alone(
     curves: dict[str, dict[str, Any]], name: str
 ) -> None:
@@ -97,7 +97,7 @@ def test_workers_parts_and_stages_add_rounding_alone(
         assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", FP32)
+@pytest.mark.parametrize("name", CLOSE)
 def test_the_average_of_weights_is_that_of_a_plain_run(
     curves: dict[str, dict[str, Any]], name: str
 ) -> None:

@@ -62,7 +62,7 @@ def test_a_step_is_adamw_written_out(make_model):
 
 
 def test_muon_steps_the_matrices_between_hidden_vectors(make_model):
-    model = make_model(hierarchical=True)
+    model = make_model()
     matrices = {id(p) for p in hidden_matrices(model)}
     chosen = {name for name, p in model.named_parameters() if id(p) in matrices}
     assert {name.split(".")[0] for name in chosen} == {"recursion", "prior_head", "posterior_head"}
