@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gram_core.errors import GramError
-from pipelines.runtime import environment, loopback, threads
+from pipelines.runtime import environment, local, threads
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _reach(address)
-    local = {} if address else {"num_cpus": cpus or threads(), "include_dashboard": False}
+    alone = {} if address else {"num_cpus": cpus or threads(), "include_dashboard": False}
     if not address:
         # For the processes that Ray starts; and what it has read of it in this one.
-        os.environ.update(loopback())
+        os.environ.update(local())
         ray_constants.ENABLE_RAY_CLUSTER = False
     quiet = ("ray", "ray.data", "ray.train", "ray.tune")
     for name in quiet:
@@ -44,7 +44,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=False,
             runtime_env={"env_vars": environment(), **(_code() if address else {})},
-            **local,
+            **alone,
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"

@@ -29,15 +29,24 @@ QUIET = {
 }
 
 
-def loopback() -> dict[str, str]:
-    """What makes a local Ray listen on loopback alone; nothing where a cluster is named. (Ray has
-    no other switch for it than the one that says that this machine takes part in no cluster.)"""
-    return {} if "RAY_ADDRESS" in os.environ else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# A local Ray listens on loopback alone (Ray has no other switch for it than the one that says that
+# this machine takes part in no cluster), waits for no node to be taken away, and looks for the end
+# of training more often than every two seconds.
+LOCAL = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+def local() -> dict[str, str]:
+    """What a local Ray has in its environment; nothing where a cluster is named."""
+    return {} if "RAY_ADDRESS" in os.environ else LOCAL
 
 
 def environment() -> dict[str, str]:
     """What every process of a run, workers included, has in its environment."""
-    return {**ALLOCATOR, **PATIENT, **QUIET, **loopback()}
+    return {**ALLOCATOR, **PATIENT, **QUIET, **local()}
 
 
 def entry(main: Callable[[Sequence[str]], int | None]) -> None:

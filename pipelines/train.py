@@ -244,9 +244,9 @@ def _fit(
     """One start of the workers, until they are done or one of them is lost."""
     import ray
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from pipelines.cluster import Board, worker_cores
+    from pipelines.trainer import Trainer
 
     board = Board()
     cores = worker_cores(job.train.workers, job.train.cores)
@@ -256,7 +256,7 @@ def _fit(
         if not (isinstance(store, FolderStore) and kept(message, store)):
             report(message)
 
-    trainer = TorchTrainer(
+    trainer = Trainer(
         ray_worker,
         train_loop_config={
             "job": job,

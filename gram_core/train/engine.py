@@ -39,9 +39,15 @@ class Supervised(nn.Module):
         # compile the second half anew each time.
         self.precision = resolve(precision, next(model.parameters()).device)
 
-    def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
+    def __call__(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
+        # Around forward, not in it: a graph that enters autocast is not kept in the compiler's
+        # cache, and every start would trace and differentiate it again.
         with autocast(self.precision, noise.device):
-            return supervise(self.model, self.objective, self.verify, batch, noise, self.prior_rows)
+            result: Supervision = super().__call__(batch, noise)
+        return result
+
+    def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
+        return supervise(self.model, self.objective, self.verify, batch, noise, self.prior_rows)
 
 
 class Engine(Protocol):
@@ -133,8 +139,7 @@ class PlainEngine:
         self._done = 0
 
     def forward(self, batch: Batch, noise: Float[Tensor, "T B L D"]) -> Supervision:
-        result: Supervision = self.module(batch, noise)
-        return result
+        return self.module(batch, noise)
 
     def step(self, loss: Float[Tensor, ""], lr: float) -> None:
         if self._done == 0:
