@@ -1,29 +1,29 @@
 """Gaussian noise as a function of what it is for, and of nothing else.
 
-The noise of a supervision step is drawn by a generator of its own, seeded by a hash: for sampling
-of (seed, puzzle, trajectory, step), for training of (seed, iteration, slot). So a trajectory keeps
-its noise whatever batch, worker or order it is computed in, and a resumed run needs no generator's
-state. The generator is torch's on the CPU, Mersenne's twister, which takes 32 bits of a seed: of
-many steps a few have the noise of another puzzle's, which no statistic here can tell.
+The noise of a supervision step belongs to a key and a number: for sampling a hash of (seed, puzzle,
+trajectory) and the step, for training a hash of (seed, iteration) and the slot. So a trajectory
+keeps its noise whatever batch, worker or order it is computed in, and a resumed run needs no
+generator's state.
 """
 
+import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gram_core.philox import normal
+
 Key = bytes
-# Fewer numbers than this are not worth a second thread.
-PARALLEL = 1 << 18
+CPU = torch.device("cpu")
 
 
 def trajectory_key(seed: int, puzzle_id: str, trajectory: int) -> Key:
     """The key of one trajectory of one puzzle."""
-    return blake2b(f"{seed}\0{puzzle_id}\0{trajectory}".encode(), digest_size=16).digest()
+    return _key(f"{seed}\0{puzzle_id}\0{trajectory}")
 
 
 def step_noise(key: Key, step: int, shape: tuple[int, int, int]) -> Float[Tensor, "T L D"]:
@@ -32,48 +32,45 @@ def step_noise(key: Key, step: int, shape: tuple[int, int, int]) -> Float[Tensor
 
 
 def batch_noise(
-    keys: Sequence[Key], steps: Sequence[int], shape: tuple[int, int, int]
+    keys: Sequence[Key],
+    steps: Sequence[int],
+    shape: tuple[int, int, int],
+    device: torch.device = CPU,
 ) -> Float[Tensor, "T B L D"]:
-    """Noise of a batch of trajectories, each at its own supervision step; `shape` is (T, L, D)."""
-    pairs = zip(keys, steps, strict=True)
-    return _drawn([_seed(key + step.to_bytes(4)) for key, step in pairs], shape)
+    """Noise of a batch of trajectories, each at its own supervision step, on `device`; `shape` is
+    (T, L, D). Raises `ValueError` where the keys are not as many as the steps."""
+    if len(keys) != len(steps):
+        raise ValueError(f"{len(keys)} keys for {len(steps)} steps")
+    return _drawn(keys, steps, shape, device)
 
 
 def training_noise(
-    seed: int, iteration: int, slots: Sequence[int], shape: tuple[int, int, int]
+    seed: int,
+    iteration: int,
+    slots: Sequence[int],
+    shape: tuple[int, int, int],
+    device: torch.device = CPU,
 ) -> Float[Tensor, "T B L D"]:
-    """Noise of one training iteration for the slots of these numbers among all slots of the run;
-    `shape` is (T, L, D). How many workers share the slots does not show."""
-    text = f"train\0{seed}\0{iteration}\0".encode()
-    return _drawn([_seed(text + str(slot).encode()) for slot in slots], shape)
+    """Noise of one training iteration for the slots of these numbers among all slots of the run,
+    on `device`; `shape` is (T, L, D). How many workers share the slots does not show."""
+    return _drawn([_key(f"train\0{seed}\0{iteration}")] * len(slots), slots, shape, device)
 
 
-def _seed(text: bytes) -> int:
-    return int.from_bytes(blake2b(text, digest_size=8).digest()) >> 1
+def _key(text: str) -> Key:
+    return blake2b(text.encode(), digest_size=16).digest()
 
 
-def _drawn(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "T B L D"]:
-    """Standard normal noise, row by row from generators of these seeds."""
-    # A tensor of inference mode could not be written by other threads.
-    with torch.inference_mode(False):
-        out = torch.empty((len(seeds), *shape))
-    threads = torch.get_num_threads()
-    if threads == 1 or out.numel() < PARALLEL:
-        _fill(out, seeds)
-    else:
-        cut = -(-len(seeds) // threads)
-        starts = range(0, len(seeds), cut)
-        pieces = [out[start : start + cut] for start in starts]
-        list(_pool(threads).map(_fill, pieces, [seeds[s : s + cut] for s in starts]))
-    return out.transpose(0, 1)
-
-
-def _fill(out: Float[Tensor, "B T L D"], seeds: Sequence[int]) -> None:
-    generator = torch.Generator()
-    for row, seed in zip(out, seeds, strict=True):
-        row.normal_(generator=generator.manual_seed(seed))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "noise")
+def _drawn(
+    keys: Sequence[Key],
+    numbers: Sequence[int],
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> Float[Tensor, "T B L D"]:
+    """Standard normal noise, each row of its key and number."""
+    # A row's words of the generator: two of key, then all but the first of the counter.
+    words = np.frombuffer(b"".join(keys), dtype="<u4").reshape(len(keys), 4)
+    streams = np.concatenate(
+        [words[:, :2], np.array(numbers, dtype=np.uint32)[:, None], words[:, 2:]], axis=1
+    )
+    rows = normal(streams, math.prod(shape), device)
+    return rows.reshape(len(keys), *shape).transpose(0, 1)

@@ -283,8 +283,8 @@ def _noise(
     if not keys:
         return None
     shape = (model.config.T, model.length, model.config.dim)
-    noise = batch_noise([keys[job] for job in live.job.tolist()], live.step.tolist(), shape)
-    noise = noise.to(live.e_x.device)
+    mine = [keys[job] for job in live.job.tolist()]
+    noise = batch_noise(mine, live.step.tolist(), shape, live.e_x.device)
     return noise if config.temperature == 1 else noise * config.temperature
 
 

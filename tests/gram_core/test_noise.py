@@ -65,7 +65,7 @@ def test_batch_noise_gives_each_row_its_own_noise_whatever_its_neighbours():
 def test_threads_change_nothing(monkeypatch):
     keys, steps = [trajectory_key(0, "a", t) for t in range(7)], list(range(7))
     alone = batch_noise(keys, steps, SHAPE)
-    monkeypatch.setattr("gram_core.noise.PARALLEL", 1)
+    monkeypatch.setattr("gram_core.philox.PARALLEL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(batch_noise(keys, steps, SHAPE), alone)
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def test_threads_change_nothing(monkeypatch):
 
 
 def test_a_step_missing_for_a_row_is_an_error():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="2 keys for 1 steps"):
         batch_noise([trajectory_key(0, "a", 0)] * 2, [0], SHAPE)
 
 
@@ -112,3 +112,11 @@ def test_training_noise_is_standard_normal():
     ones = x.transpose(0, 1).flatten(1)
     cross = (ones[:-1] * ones[1:]).mean()
     assert abs(float(cross)) < 5 / math.sqrt(99 * 2000)
+
+
+def test_noise_is_independent_within_a_row():
+    x = step_noise(trajectory_key(0, "a", 0), 0, (1, 400, 500)).double().flatten()
+    # Pairs and groups lie apart by multiples of a quarter row; neighbours come of other counters.
+    for lag in (1, 2, 50_000, 100_000, 150_000):
+        correlation = (x[:-lag] * x[lag:]).mean()
+        assert abs(float(correlation)) < 5 / math.sqrt(len(x) - lag)

@@ -21,11 +21,11 @@ from gram_core.train.optim import learning_rate
 # Reconstruction, KL and halt loss of the first five iterations. They guard refactorings, which may
 # not change them. A deliberate change of the mathematics may, and then writes them anew.
 GOLDEN = [
-    (1.432458, 0.0, 0.00671530),
-    (1.011934, 0.03993092, 0.00629115),
-    (0.665455, 0.2943294, 0.00606632),
-    (0.504791, 1.0749906, 0.00549054),
-    (0.410275, 2.5678172, 0.00457263),
+    (1.243722, 0.0, 0.00671530),
+    (1.150331, 0.03340946, 0.00635934),
+    (0.523847, 0.3558586, 0.00598121),
+    (0.528428, 1.0818211, 0.00515962),
+    (0.431903, 3.3328786, 0.00544453),
 ]
 
 
