@@ -113,6 +113,23 @@ def test_a_local_ray_listens_on_loopback_alone() -> None:
     assert set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
+def test_only_a_cluster_has_training_s_placement_groups_cleaned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.train import ScalingConfig
+
+    from pipelines.trainer import Trainer
+
+    trainer = Trainer(lambda: None, scaling_config=ScalingConfig(num_workers=1))
+    found = {}
+    for name in ("cluster", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+        if name == "local":
+            monkeypatch.delenv("RAY_ADDRESS")
+        found[name] = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    assert found["cluster"] - found["local"] == {"PlacementGroupCleanerCallback"}
+
+
 def test_a_cluster_that_is_not_there_is_one_line(data: Path) -> None:
     write_params(params(runs__tiny__train__engine="deepspeed"))
     environment = {**child_environment(), "RAY_ADDRESS": "127.0.0.1:9"}
