@@ -49,6 +49,7 @@ test-all: $(READY) lint
 ablation: $(READY)
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation settings
 	OMP_NUM_THREADS=1 python -m benchmarks.ablation profile
+	OMP_NUM_THREADS=1 python -m benchmarks.ablation optimizer
 
 ## bench: training and sampling as shares of the GEMM limit, growth of cost, data builders, what ARC
 ## would cost; halting, and two workers against one (these two want models/nqueens8_gram: make repro)

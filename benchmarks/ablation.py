@@ -1,11 +1,12 @@
 """The ablations behind the defaults: `python -m benchmarks.ablation STUDY`; tables in docs/log.md.
 
 `settings` changes one setting at a time of a small, short run on 7x7 N-Queens; `profile` changes
-beta and the learning rate of the CPU profile's own run on 8x8. Each variant is trained with three
-seeds on one thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
-docs/results/ablation_STUDY.csv as they finish, and a row that is there is not computed again. Ends
-with the table of docs/log.md: means over the seeds, and their range where they differ. Further
-arguments name the variants to compute.
+beta and the learning rate of a run on 8x8 with AdamW, from which the CPU profile's was made;
+`optimizer` compares its present one with AdamW at the same number of steps. Each variant is trained
+with three seeds on one thread; held-out inputs are then sampled with 20 trajectories. Rows are
+appended to docs/results/ablation_STUDY.csv as they finish, and a row that is there is not computed
+again. Ends with the table of docs/log.md: means over the seeds, and their range where they differ.
+Further arguments name the variants to compute.
 """
 
 import csv
@@ -119,6 +120,20 @@ STUDIES = {
             "beta 2, lr 2e-3": {"beta": 2.0},
             "beta 1.5, lr 4e-3": {"lr": 4e-3},
             "beta 2, lr 4e-3": {"beta": 2.0, "lr": 4e-3},
+        },
+    ),
+    "optimizer": Study(
+        task={"kind": "nqueens", "size": 8, "remove": [5, 6, 7]},
+        train={
+            "steps": 1200, "batch": 96, "ema": 0.995, "log_every": 100, "checkpoint_every": 1200,
+            "precision": "bf16", "optim": {"name": "muon", "lr": 4e-3, **OPTIM},
+        },
+        objective={"beta": 1.5},
+        sample={"halt_threshold": 0.8, "precision": "bf16", "batch": 64},
+        inputs=300,
+        variants={
+            "muon, lr 4e-3": {},
+            "adamw, lr 2e-3": {"name": "adamw", "lr": 2e-3},
         },
     ),
 }  # fmt: skip
