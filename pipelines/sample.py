@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]  # of a block's number: so many trajectori
 SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
-TELL = 0.5  # seconds between two signs of life of a worker
+TELL = 2.0  # seconds between two signs of life of a worker
 
 
 class Sampler:
