@@ -2,11 +2,11 @@
 
 `settings` changes one setting at a time of a small, short run on 7x7 N-Queens; `profile` changes
 beta and the learning rate of a run on 8x8 with AdamW, from which the CPU profile's was made;
-`optimizer` compares its present one with AdamW at the same number of steps. Each variant is trained
-with three seeds on one thread; held-out inputs are then sampled with 20 trajectories. Rows are
-appended to docs/results/ablation_STUDY.csv as they finish, and a row that is there is not computed
-again. Ends with the table of docs/log.md: means over the seeds, and their range where they differ.
-Further arguments name the variants to compute.
+`optimizer` compares its present one with AdamW at as many steps and at twice as many. Each variant
+is trained with three seeds on one thread; held-out inputs are then sampled with 20 trajectories.
+Rows are appended to docs/results/ablation_STUDY.csv as they finish, and a row that is there is not
+computed again. Ends with the table of docs/log.md: means over the seeds, and their range where they
+differ. Further arguments name the variants to compute.
 """
 
 import csv
@@ -67,15 +67,15 @@ class Study:
         self, change: dict[str, Any], seed: int
     ) -> tuple[ModelConfig, ObjectiveConfig, TrainConfig]:
         """The base run's model, objective and training with one variant's changes."""
-        model, objective = dict(MODEL), dict(self.objective)
+        model, objective, settings = dict(MODEL), dict(self.objective), dict(self.train)
         optim = dict(self.train["optim"])
         for key, value in change.items():
-            homes = (model, ModelConfig), (objective, ObjectiveConfig)
+            homes = (model, ModelConfig), (objective, ObjectiveConfig), (settings, TrainConfig)
             next((h for h, kind in homes if key in kind.__struct_fields__), optim)[key] = value
         return (
             load(ModelConfig, model, "model"),
             load(ObjectiveConfig, objective, "objective"),
-            load(TrainConfig, {**self.train, "optim": optim, "seed": seed}, "train"),
+            load(TrainConfig, {**settings, "optim": optim, "seed": seed}, "train"),
         )
 
 
@@ -134,6 +134,7 @@ STUDIES = {
         variants={
             "muon, lr 4e-3": {},
             "adamw, lr 2e-3": {"name": "adamw", "lr": 2e-3},
+            "adamw, lr 2e-3, 2,400 steps": {"name": "adamw", "lr": 2e-3, "steps": 2400},
         },
     ),
 }  # fmt: skip

@@ -47,8 +47,8 @@ def seconds_a_slot(slots: int) -> float:
     times = []
     for iteration in range(REPEATS + 1):
         batches.refill()
-        noise = training_noise(0, iteration, range(slots), shape, model.z0_h.device)
         start = time.perf_counter()
+        noise = training_noise(0, iteration, range(slots), shape, model.z0_h.device)
         result = engine.forward(batches.batch(), noise)
         engine.step(result.loss, 1e-4)
         result.loss.item()

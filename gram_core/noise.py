@@ -19,6 +19,8 @@ from gram_core.philox import normal
 
 Key = bytes
 CPU = torch.device("cpu")
+# Work in progress that was drawn otherwise is not gone on with.
+GENERATOR = "philox4x32-10, box-muller"
 
 
 def trajectory_key(seed: int, puzzle_id: str, trajectory: int) -> Key:

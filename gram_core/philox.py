@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Fewer numbers than this are not worth a second thread.
 PARALLEL = 1 << 20
+# So many at a time on other devices, where the words take five times the memory of the numbers.
+PIECE = 1 << 26
 # Philox 4x32 with 10 rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -28,7 +30,9 @@ def normal(streams: np.ndarray, count: int, device: torch.device) -> Float[Tenso
     groups = -(-count // 4)
     if device.type == "cpu":
         return torch.from_numpy(on_cpu(streams, groups))[:, :count]
-    return in_torch(torch.from_numpy(streams.astype(np.int64)).to(device), groups)[:, :count]
+    rows = torch.from_numpy(streams.astype(np.int64)).to(device)
+    pieces = torch.split(rows, max(1, PIECE // (4 * groups)))
+    return torch.cat([in_torch(piece, groups)[:, :count] for piece in pieces])
 
 
 def on_cpu(streams: np.ndarray, groups: int) -> np.ndarray:
@@ -48,7 +52,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "noise")
 
 
-def in_torch(streams: Int[Tensor, "B 5"], groups: int) -> Float[Tensor, "B 4*G"]:
+def in_torch(streams: Int[Tensor, "B 5"], groups: int) -> Float[Tensor, "B N"]:
     """What `on_cpu` gives, on any device."""
     mask = 0xFFFFFFFF
     k0, k1, c1, c2, c3 = streams[:, :, None].unbind(1)

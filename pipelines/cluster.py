@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gram_core.errors import GramError
-from pipelines.runtime import environment, local, threads
+from pipelines.runtime import cluster_address, environment, local, threads
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     if address:
         _reach(address)
     alone = {} if address else {"num_cpus": cpus or threads(), "include_dashboard": False}
@@ -71,7 +71,7 @@ def worker_cores(workers: int, wanted: int | None, least: int | None = None) -> 
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     cores = wanted or max(1, int(min(max(nodes), sum(nodes) // workers)))
     fit = sum(int(cpus // cores) for cpus in nodes)
-    if fit < (least or workers) and "RAY_ADDRESS" not in os.environ:
+    if fit < (least or workers) and not cluster_address():
         raise GramError(
             f"{least or workers} workers of {cores} CPU cores do not fit on this machine, whose "
             f"Ray has {sum(nodes):.0f}; ask for fewer workers or cores"

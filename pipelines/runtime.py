@@ -39,9 +39,17 @@ LOCAL = {
 }
 
 
+def cluster_address() -> str | None:
+    """The Ray cluster that is named, or none: a Ray of this machine alone."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
 def local() -> dict[str, str]:
-    """What a local Ray has in its environment; nothing where a cluster is named."""
-    return {} if "RAY_ADDRESS" in os.environ else LOCAL
+    """What a local Ray has in its environment, a user's own values first; nothing where a cluster
+    is named."""
+    if cluster_address():
+        return {}
+    return {name: os.environ.get(name, value) for name, value in LOCAL.items()}
 
 
 def environment() -> dict[str, str]:

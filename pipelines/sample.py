@@ -25,6 +25,7 @@ from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import ModelError, load_model
+from gram_core.noise import GENERATOR
 from gram_core.sample.trajectory import SampleConfig, SupervisionStep, rollout
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
@@ -221,7 +222,7 @@ class Job:
         """Identifies all that the rows depend on, but for code and machine."""
         settings = {k: v for k, v in dump(self.config).items() if k not in SPREAD}
         digest = hashlib.sha256()
-        for part in (weights, settings, dump(self.task.config), list(self.puzzles.ids)):
+        for part in (weights, settings, dump(self.task.config), list(self.puzzles.ids), GENERATOR):
             digest.update(json.dumps(part, sort_keys=True).encode())
         digest.update(self.puzzles.inputs.numpy().tobytes())
         for answers in self.known:

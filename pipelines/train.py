@@ -24,6 +24,7 @@ from gram_core.errors import GramError
 from gram_core.files import write_atomic
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import save_model
+from gram_core.noise import GENERATOR
 from gram_core.shape import TokenShape
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
@@ -140,7 +141,7 @@ def fingerprint(job: Job, examples: Examples) -> str:
     for name in SPREAD:
         del settings["train"][name]
     digest = hashlib.sha256()
-    for part in (*settings.values(), dump(job.task.config)):
+    for part in (*settings.values(), dump(job.task.config), GENERATOR):
         digest.update(json.dumps(part, sort_keys=True).encode())
     for tensor in (examples.inputs, examples.target, examples.puzzle):
         digest.update(tensor.numpy().tobytes())

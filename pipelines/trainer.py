@@ -1,9 +1,10 @@
 """Ray Train's trainer, without what a local Ray has no use for."""
 
-import os
 from typing import Any
 
 from ray.train.torch import TorchTrainer
+
+from pipelines.runtime import cluster_address
 
 
 class Trainer(TorchTrainer):
@@ -13,6 +14,6 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        if "RAY_ADDRESS" in os.environ:
+        if cluster_address():
             return callbacks
         return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]

@@ -1,6 +1,7 @@
 """The optimiser, AdamW or Muon, and the learning-rate schedule (B.2; gaps G10, G16)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,24 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 class Muon(torch.optim.Muon):
     """torch's Muon, with all matrices of a shape orthogonalised together and in float32: for many
-    small ones four times as fast as one by one, and workers add only rounding."""
+    small ones four times as fast as one by one. With Nesterov's momentum, and updates of AdamW's
+    usual size, so that a rate means the same to both."""
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+    ) -> None:
+        super().__init__(
+            matrices,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -63,18 +81,21 @@ class Muon(torch.optim.Muon):
                     of_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in of_shape.items():
                 gradients = [p.grad for p in parameters if p.grad is not None]
-                momenta = [
-                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    for p in parameters
-                ]
+                momenta = [self._momentum(p) for p in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
                 # Nesterov's: the gradient with the momentum that already has it.
                 ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 factors = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"])
-                # Updates of AdamW's usual size, so that a rate means the same to both.
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
                 torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, factors.unbind(), alpha=-rate)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum
 
 
 def orthogonal(
@@ -106,7 +127,6 @@ class MuonAdamW(torch.optim.Optimizer):
             lr=config.lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
-            adjust_lr_fn="match_rms_adamw",
         )
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, _adamw(groups, config))
         super().__init__([group for part in self.parts for group in part.param_groups], {})

@@ -14,6 +14,7 @@ from s3 import S3Server
 from workspace import child_environment, make_data, params, write_params
 
 from pipelines.cluster import Board, cluster, worker_cores
+from pipelines.runtime import local
 
 pytestmark = pytest.mark.ray
 TUNED = {
@@ -111,6 +112,20 @@ def test_a_local_ray_listens_on_loopback_alone() -> None:
     count, *addresses = done.stdout.split()
     assert int(count) >= 5
     assert set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_what_a_local_ray_is_told_ray_train_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal import constants
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR, "7")
+    monkeypatch.delenv(constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR, raising=False)
+    assert local()[constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR] == "7"  # the user's own
+    assert local()[constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert local()
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert local() == {}
 
 
 def test_only_a_cluster_has_training_s_placement_groups_cleaned(

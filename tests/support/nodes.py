@@ -13,6 +13,8 @@ from pathlib import Path
 from s3 import free_port
 from workspace import REPOSITORY, child_environment
 
+from pipelines.runtime import LOCAL
+
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
 # Without it no one talks to the cluster.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -35,7 +37,7 @@ def two_nodes(hidden: Sequence[Path], environment: dict[str, str]) -> Iterator[s
     know of them came through Ray or object storage."""
     port = free_port()
     base = {**child_environment(), **environment, **TOKEN}
-    for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_ADDRESS", "PYTHONPATH"):
+    for name in (*LOCAL, "RAY_ADDRESS", "PYTHONPATH"):
         base.pop(name, None)
     base["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
     address = f"127.0.0.1:{port}"
@@ -100,5 +102,4 @@ def _joined(address: str) -> None:
 def environment_at(address: str, more: dict[str, str]) -> dict[str, str]:
     """For a driver of that cluster."""
     found = {**os.environ, **child_environment(), **more, **TOKEN, "RAY_ADDRESS": address}
-    found.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
-    return found
+    return {name: value for name, value in found.items() if name not in LOCAL}

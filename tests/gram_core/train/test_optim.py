@@ -1,5 +1,4 @@
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -108,10 +107,11 @@ def test_muon_goes_where_torch_s_own_goes():
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (24, 8)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    settings: dict[str, Any] = {
-        "lr": 0.01, "weight_decay": 0.3, "momentum": 0.8, "adjust_lr_fn": "match_rms_adamw"
-    }  # fmt: skip
-    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    settings = {"lr": 0.01, "weight_decay": 0.3, "momentum": 0.8}
+    optimizers = (
+        Muon(ours, **settings),
+        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings),
+    )
     for step in range(4):
         for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             # One has no gradient at first, and must be left alone.
