@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,8 @@ TABLE = Path("results/tiny/trajectories.parquet")
 
 @contextmanager
 def killing(names: str, times: int, ready: Callable[[], bool]) -> Iterator[list[int]]:
-    """In the block, kill processes of that name with SIGKILL, so many of them, each when `ready`
-    says so; gives the list of those killed."""
+    """In the block, kill processes of that name that this one started, with SIGKILL, so many of
+    them, each when `ready` says so; gives the list of those killed."""
     killed: list[int] = []
     over = threading.Event()
 
@@ -46,17 +46,15 @@ def killing(names: str, times: int, ready: Callable[[], bool]) -> Iterator[list[
             time.sleep(0.3)
             if not ready():
                 continue
-            for process in psutil.process_iter(["pid", "cmdline"]):
-                line = " ".join(process.info["cmdline"] or [])
-                if line.startswith(names) and process.pid not in killed:
-                    # In the middle of its work, not as it starts.
-                    time.sleep(0.7)
-                    try:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    line = " ".join(process.cmdline())
+                    if line.startswith(names) and process.pid not in killed:
+                        # In the middle of its work, not as it starts.
+                        time.sleep(0.7)
                         process.kill()
-                    except psutil.NoSuchProcess:
-                        continue
-                    killed.append(process.pid)
-                    break
+                        killed.append(process.pid)
+                        break
 
     thread = threading.Thread(target=loop)
     thread.start()
