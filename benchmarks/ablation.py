@@ -1,12 +1,12 @@
 """The ablations behind the defaults: `python -m benchmarks.ablation STUDY`; tables in docs/log.md.
 
 `settings` changes one setting at a time of a small, short run on 7x7 N-Queens; `profile` changes
-beta and the learning rate of a run on 8x8 with AdamW, from which the CPU profile's was made;
-`optimizer` compares its present one with AdamW at as many steps and at twice as many. Each variant
-is trained with three seeds on one thread; held-out inputs are then sampled with 20 trajectories.
-Rows are appended to docs/results/ablation_STUDY.csv as they finish, and a row that is there is not
-computed again. Ends with the table of docs/log.md: means over the seeds, and their range where they
-differ. Further arguments name the variants to compute.
+beta and the learning rate of the CPU profile's own run on 8x8; `optimizer` sets Muon at half its
+steps against AdamW at half of them and at all. Each variant is trained with three seeds on one
+thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
+docs/results/ablation_STUDY.csv as they finish, and a row that is there is not computed again. Ends
+with the table of docs/log.md: means over the seeds, and their range where they differ. Further
+arguments name the variants to compute.
 """
 
 import csv
