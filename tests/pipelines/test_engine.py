@@ -46,7 +46,7 @@ def spread(world: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[s
 
 DEEP = {"engine": "deepspeed"}
 TWO = {**DEEP, "workers": 2}
-MUON = {"optim": {"name": "muon", "lr": 1e-2, "warmup": 2, "weight_decay": 0.1}}
+MUON = {"optim": {"name": "muon", "lr": 2e-3, "warmup": 2, "weight_decay": 0.1}}
 CASES: dict[str, dict[str, Any]] = {
     "two workers": TWO,
     "stage 1": {**TWO, "zero_stage": 1},
@@ -116,11 +116,12 @@ def test_bf16_differs_by_its_own_rounding(curves: dict[str, dict[str, Any]]) -> 
 
 
 def test_muon_steps_gradients_of_all_workers(curves: dict[str, dict[str, Any]]) -> None:
-    # Its iteration makes large what is small in a gradient, another order of sums among it: the
-    # first four iterations agree to some thousandths, later ones go apart. Another seed or share
-    # of prior slots differs by several per cent from the first row on.
+    # Its iteration makes large what is small in a gradient, another order of sums among it, so that
+    # later rows go apart; at this rate the first four iterations stay together. Another optimiser
+    # is far off by then.
     muon, plain = curves["muon"]["rows"][0], curves["plain muon"]["rows"][0]
-    assert muon == pytest.approx(plain, rel=1e-2, abs=1e-4)
+    assert muon == pytest.approx(plain, rel=TOLERANCE, abs=1e-4)
+    assert muon != pytest.approx(curves["plain"]["rows"][0], rel=0.01, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["on one", "on two", "on three"])
