@@ -17,7 +17,7 @@ from torch import Tensor
 from gram_core.train.engine import Supervised, load_moments, moments_of
 from gram_core.train.loop import TrainConfig
 from gram_core.train.objective import Batch, Supervision
-from gram_core.train.optim import make_optimizer
+from gram_core.train.optim import make_optimizer, set_rate
 from pipelines.deepspeed_config import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,8 +49,7 @@ class DeepSpeedEngine:
         return result
 
     def step(self, loss: Tensor, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.engine.optimizer, lr)
         self.engine.backward(loss)
         self.engine.step()
 

@@ -15,7 +15,7 @@ from gram_core.model.gram import GRAM
 from gram_core.precision import Precision, autocast, resolve
 from gram_core.shape import Verifier
 from gram_core.train.objective import Batch, ObjectiveConfig, Supervision, supervise
-from gram_core.train.optim import OptimConfig, make_optimizer
+from gram_core.train.optim import OptimConfig, make_optimizer, set_rate
 
 
 class Supervised(nn.Module):
@@ -148,8 +148,7 @@ class PlainEngine:
         self._done = (self._done + 1) % self.parts
         if self._done:
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()

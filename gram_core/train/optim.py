@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from gram_core.model.encoders import Identifiers
 from gram_core.model.gram import GRAM
+from gram_core.model.heads import HaltHead, ValueHead
 
 
 class OptimConfig(Config, frozen=True, kw_only=True):
     """`adamw` as in the paper; or `muon`, which steps the matrices between hidden vectors along the
     orthogonal factor of their momentum and leaves the rest to AdamW, with one `lr` and one decay
-    for both. Betas and warm-up are HRM's and TRM's; the paper gives neither. `identifier_lr` and
-    `identifier_decay` are those of a table of learned identifiers (TRM's for ARC; gap G11)."""
+    for both. Betas and warm-up are HRM's and TRM's; the paper gives neither. `head_lr` is the rate
+    of the halt and value heads, by default `lr`: they send no gradient into the core, and a short
+    run ends before they have learned at its rate. `identifier_lr` and `identifier_decay` are those
+    of a table of learned identifiers (TRM's for ARC; gap G11). All follow one schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
+    head_lr: PositiveFloat | None = None
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     momentum: Fraction = 0.95
@@ -35,19 +39,36 @@ class OptimConfig(Config, frozen=True, kw_only=True):
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Weight decay on matrices only (embeddings, biases and heads' vectors are left alone), or on
-    everything with `decay_all`."""
-    tables = (nn.Embedding, Identifiers)
+    """Weight decay on matrices only (embeddings and biases are left alone), or on everything with
+    `decay_all`. With `head_lr` a third group, the halt and value heads', has a rate of its own and
+    no decay but with `decay_all`."""
+    tables, judges = (nn.Embedding, Identifiers), (HaltHead, ValueHead)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, tables)}
+    apart = [m for m in model.modules() if isinstance(m, judges) and config.head_lr is not None]
+    heads = [parameter for head in apart for parameter in head.parameters()]
+    chosen = {id(parameter) for parameter in heads}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if id(parameter) in chosen:
+            continue
         matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
         (decayed if matrix or config.decay_all else free).append(parameter)
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
+    if config.head_lr is not None:
+        decay = config.weight_decay if config.decay_all else 0.0
+        share = config.head_lr / config.lr
+        groups.append({"params": heads, "weight_decay": decay, "share": share})
+    return groups
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of the next step: `lr`, or a group's share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("share", 1.0)
 
 
 class Muon(torch.optim.Muon):

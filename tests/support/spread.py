@@ -42,7 +42,8 @@ def run(case: dict[str, object]) -> dict[str, object]:
     examples = Examples(tokens, target, torch.zeros(40, dtype=torch.int32))
     settings = {
         "steps": 16, "batch": 32, "prior_slots": 0.125, "log_every": 4, "checkpoint_every": 8,
-        "ema": 0.9, "compile": False, "optim": OptimConfig(lr=1e-2, warmup=2, weight_decay=0.1),
+        "ema": 0.9, "compile": False,
+        "optim": OptimConfig(lr=1e-2, head_lr=5e-3, warmup=2, weight_decay=0.1),
     }  # fmt: skip
     if "optim" in case:
         case["optim"] = load(OptimConfig, case["optim"], "optim")

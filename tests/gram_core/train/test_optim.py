@@ -11,6 +11,7 @@ from gram_core.train.optim import (
     learning_rate,
     make_optimizer,
     parameter_groups,
+    set_rate,
 )
 
 
@@ -150,6 +151,45 @@ def test_muon_leaves_the_rest_to_adamw_and_one_rate_moves_both(make_model):
             assert not torch.allclose(change, other)
             assert change.square().mean().sqrt() < other.square().mean().sqrt()
             assert change.square().mean().sqrt() > 0.05 * other.square().mean().sqrt()
+
+
+HEADS = {"halt.map.weight", "halt.map.bias", "value.map.weight", "value.map.bias"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_heads_go_at_their_own_rate_and_the_rest_as_before(make_model, name):
+    changes = {}
+    for rate, head_rate in ((0.01, None), (0.01, 0.04), (0.04, None)):
+        model = make_model()
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        # At twice the rate at which it then steps: the heads' is a share of it.
+        twice = None if head_rate is None else 2 * head_rate
+        config = OptimConfig(name=name, lr=2 * rate, head_lr=twice, weight_decay=0.0)
+        optimizer = make_optimizer(model, config)
+        set_rate(optimizer, rate)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        changes[rate, head_rate] = {
+            key: p.detach() - before[key] for key, p in model.named_parameters()
+        }
+    slow, own, fast = changes.values()
+    for key in own:
+        other = fast if key in HEADS else slow
+        torch.testing.assert_close(own[key], other[key], rtol=0, atol=0)
+        assert not torch.equal(slow[key], fast[key])
+
+
+def test_heads_with_a_rate_of_their_own_are_decayed_with_everything_alone(make_model):
+    model = make_model()
+    for decay_all in (False, True):
+        config = OptimConfig(lr=0.01, head_lr=0.05, weight_decay=0.3, decay_all=decay_all)
+        decayed, free, heads = parameter_groups(model, config)
+        assert names(model, heads) == HEADS
+        assert heads["weight_decay"] == (0.3 if decay_all else 0.0)
+        grouped = [p for group in (decayed, free, heads) for p in group["params"]]
+        assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
 
 
 def test_the_rate_warms_up_linearly_and_stays():
