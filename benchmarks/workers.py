@@ -37,7 +37,8 @@ def once(run_name: str, workers: int) -> dict[str, float]:
     model, about = load_model(MODELS / run_name)
     puzzles, targets = held_out(run.task_name, run.task, about.get("identifiers", []))
     config = msgspec.structs.replace(
-        run.section("sample", SampleConfig), width=WIDTH, concurrency=workers, cores=1
+        # Whether a run is compiled hangs on its length, and so on the number of workers.
+        run.section("sample", SampleConfig), width=WIDTH, concurrency=workers, cores=1, compile=False
     )
     known = [targets[puzzle_id] for puzzle_id in puzzles.ids]
     job = Job(run_name, model, run.task, config, puzzles, known)
