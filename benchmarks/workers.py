@@ -36,10 +36,10 @@ def once(run_name: str, workers: int) -> dict[str, float]:
     run = load_run(run_name)
     model, about = load_model(MODELS / run_name)
     puzzles, targets = held_out(run.task_name, run.task, about.get("identifiers", []))
-    config = msgspec.structs.replace(
-        # Whether a run is compiled hangs on its length, and so on the number of workers.
-        run.section("sample", SampleConfig), width=WIDTH, concurrency=workers, cores=1, compile=False
-    )
+    # Whether a run is compiled hangs on its length, and so on the number of workers.
+    alike = {"width": WIDTH, "cores": 1, "compile": False}
+    section = run.section("sample", SampleConfig)
+    config = msgspec.structs.replace(section, concurrency=workers, **alike)
     known = [targets[puzzle_id] for puzzle_id in puzzles.ids]
     job = Job(run_name, model, run.task, config, puzzles, known)
     folder = tempfile.mkdtemp()
