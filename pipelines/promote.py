@@ -23,6 +23,10 @@ def promotion(name: str, path: Path = FILE) -> str:
         raise GramError(f"sweep {name}: its run {found.run!r} is no longer in {path}")
     yaml = YAML()
     yaml.width = 1 << 16
+    # An empty value, which it would write, is null too, but the line would seem changed.
+    yaml.representer.add_representer(
+        type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     before = path.read_text()
     document = yaml.load(before)
     for key, value in best.params.items():

@@ -331,5 +331,5 @@ def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
         line for line in promotion("nqueens8").splitlines()
         if line[:1] in "+-" and line[:3] not in ("+++", "---")
     ]  # fmt: skip
-    assert changed == ["-        lr: 0.002", "+        lr: 0.5"]
+    assert changed == ["-        lr: 0.004", "+        lr: 0.5"]
     assert "every trial also had train.steps=600" in promotion("nqueens8")
