@@ -5,9 +5,9 @@ beta and the learning rate of the CPU profile's run on 8x8 as it was with AdamW;
 Muon at half of its steps and fewer, the last as the profile has it now, against AdamW at half of
 them and at all. Each variant is trained with three seeds on one thread; held-out inputs are then
 sampled with 20 trajectories. Rows are appended to
-docs/results/ablation_STUDY.csv as they finish, and a row that is there is not computed again. Ends
-with the table of docs/log.md: means over the seeds, and their range where they differ. Further
-arguments name the variants to compute.
+docs/results/ablation_STUDY.csv (a GPU's to docs/results/gpu/ablation_STUDY.csv) as they finish, and
+a row that is there is not computed again. Ends with the table of docs/log.md: means over the seeds,
+and their range where they differ. Further arguments name the variants to compute.
 """
 
 import csv
@@ -33,10 +33,11 @@ from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, averaged, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.blocks import Block
-from pipelines.runtime import entry, say
+from pipelines.runtime import device_name, entry, say
 from pipelines.sample import Sampler
 
 SEEDS = (0, 1, 2)
+RESULTS = {"cpu": Path("docs/results"), "cuda": Path("docs/results/gpu")}
 MODEL = {
     "dim": 64, "heads": 4, "ffn": 128, "core": "mixer", "K": 2, "T": 2, "N_sup": 4,
     "prefix_tokens": 0, "head_input": "mean",
@@ -148,14 +149,14 @@ STUDIES = {
 def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
     """Train and evaluate one variant with one seed."""
     torch._dynamo.reset()
-    task = make_task(study.task, "task")
+    task = make_task(study.task, "task").on(device_name())
     split = task.generate(Path)
     inputs, target = (
         torch.from_numpy(tables.tokens_numpy(split.train[c]).copy()) for c in ("inputs", "target")
     )
     model_config, objective, config = study.configs(change, seed)
     torch.manual_seed(seed)
-    model = GRAM(model_config, task.shape)
+    model = GRAM(model_config, task.shape).to(device_name())
     module = Supervised(
         model,
         objective,
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str]) -> None:
     name, *wanted = arguments or [""]
     if name not in STUDIES:
         raise ConfigError(f"no study '{name}'; there are {', '.join(STUDIES)}")
-    study, out = STUDIES[name], Path(f"docs/results/ablation_{name}.csv")
+    study, out = STUDIES[name], RESULTS[device_name()] / f"ablation_{name}.csv"
     torch.set_num_threads(1)
     done = set()
     if out.exists():

@@ -1,8 +1,9 @@
 """What stopping early saves, on a trained run.
 
-`python -m benchmarks.halting [RUN] [DEPTH] [TURNS]`: all test inputs of the run (`nqueens8_gram`,
-which `make repro` trains), 20 trajectories, to DEPTH supervision steps (the run's largest depth),
-TURNS times (3), in this process. Full depth halts nothing. Without compaction rows that halted stay
+`python -m benchmarks.halting [RUN] [DEPTH] [TURNS] [--rows N]`: all test inputs of the run
+(`nqueens8_gram`, which `make repro` trains), 20 trajectories, to DEPTH supervision steps (the run's
+largest depth), TURNS times (3), N rows at a time (the run's `sample.batch`), in this process,
+compiled on a GPU. Full depth halts nothing. Without compaction rows that halted stay
 in the batch until all have; with it they leave, and the answers are the same. Then the trajectories
 up to the first valid answer of each input (`sample.stop_when_verified`), and the share of the time
 that drawing noise takes. Medians of the turns; prints Markdown.
@@ -19,13 +20,15 @@ import msgspec
 import numpy as np
 import torch
 
+from benchmarks.speed import device
+from gram_core.compile import compiled
 from gram_core.config import ConfigError
 from gram_core.model.store import load_model
 from gram_core.noise import batch_noise, trajectory_key
-from gram_core.sample.trajectory import SampleConfig, Trajectories, rollout
+from gram_core.sample.trajectory import SampleConfig, SupervisionStep, Trajectories, rollout
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, load_run
-from pipelines.runtime import device_name, entry, threads
+from pipelines.runtime import device_name, entry, say, threads
 
 TURNS = 3
 WIDTH = 20
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("run", nargs="?", default="nqueens8_gram")
     parser.add_argument("depth", nargs="?", type=int)
     parser.add_argument("turns", nargs="?", type=int, default=TURNS)
+    parser.add_argument("--rows", type=int)
     options = parser.parse_args(arguments)
     if options.turns < 1 or (options.depth is not None and options.depth < 1):
         parser.error("DEPTH and TURNS are at least 1")
@@ -54,7 +58,9 @@ def main(arguments: Sequence[str]) -> None:
     puzzles, _ = held_out(run.task_name, run.task, about.get("identifiers", []))
     base = run.section("sample", SampleConfig)
     depth = options.depth or max(base.all_depths)
-    base = msgspec.structs.replace(base, width=WIDTH, depth=depth, depths=(), halting=True)
+    base = msgspec.structs.replace(
+        base, width=WIDTH, depth=depth, depths=(), halting=True, batch=options.rows or base.batch
+    )
     if not run.task.verifies:
         raise ConfigError(f"the task of {run.name} has no rule to verify answers by")
     ways = {
@@ -65,18 +71,23 @@ def main(arguments: Sequence[str]) -> None:
             base, stop_when_verified=True
         ),
     }
+    step = SupervisionStep(model, base)
+    if model.z0_h.is_cuda:
+        step = compiled(step, say, dynamic=True)
+        for config in ways.values():  # compiles and records
+            rollout(model, puzzles, config, step=step, verify=run.task.verify)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Trajectories] = {}
     for _ in range(options.turns):
         for name, config in ways.items():
-            draw = partial(rollout, model, puzzles, config, verify=run.task.verify)
+            draw = partial(rollout, model, puzzles, config, step=step, verify=run.task.verify)
             taken, found[name] = timed(draw)
             seconds[name].append(taken)
     total = len(puzzles.ids) * WIDTH
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     full = middle["full depth"]
-    print(f"{run.name}: {total:,} trajectories to depth {depth}, {threads()} threads, "
-          f"medians of {options.turns} turns\n")  # fmt: skip
+    print(f"{run.name}: {total:,} trajectories to depth {depth}, {base.batch} rows, "
+          f"{device()}, {threads()} threads, medians of {options.turns} turns\n")  # fmt: skip
     print("| sampling | seconds | trajectories a second | ratio | steps a trajectory |")
     print("|---|---|---|---|---|")
     for name, s in middle.items():

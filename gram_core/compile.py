@@ -1,37 +1,71 @@
-"""torch.compile with a way back: a module runs uncompiled where it cannot be compiled."""
+"""torch.compile with a way back: what cannot be compiled runs as it is."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+Say = Callable[[str], None]
 
 
-def compiled(module: Module, say: Callable[[str], None], *, dynamic: bool = False) -> Module:
+def compiled(module: Module, say: Say, *, dynamic: bool = False, graphs: bool = True) -> Module:
     """`module` with its forward compiled, for static shapes or for any number of rows; unchanged,
     with one line that says so, where this machine has no compiler for it or compiling the forward
-    fails. (A backward is compiled where it is first called, out of reach from here.)"""
+    fails. (A backward is compiled where it is first called, out of reach from here.)
+
+    On a GPU the kernels of each shape of inputs are recorded as a CUDA graph, unless without
+    `graphs`: what a graph gives lies in memory that its next run writes to, gradients among it,
+    and those that are kept over several calls must not."""
     device = next(module.parameters()).device
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         say("no C++ compiler found: running without torch.compile, which is slower")
         return module
+    recorded = graphs and device.type == "cuda"
+    mode = "reduce-overhead" if recorded else None
+    fast = with_way_back(module.forward, say, dynamic=dynamic, mode=mode)
+
+    def forward(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return kept(fast(*arguments))
+
+    module.forward = forward if recorded else fast
+    return module
+
+
+def with_way_back(plain: Callable[..., Any], say: Say, **options: Any) -> Callable[..., Any]:
+    """`plain` compiled with these options of torch.compile; `plain` itself from where compiling it
+    fails on, with one line that says so."""
     # Here, because it takes as long to import as torch itself, and most processes compile nothing.
     from torch._dynamo.exc import TorchDynamoException
 
-    plain = module.forward
-    fast = torch.compile(plain, dynamic=dynamic)
+    now = torch.compile(plain, **options)
 
-    def forward(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        nonlocal now
         try:
-            return fast(*arguments)
+            return now(*arguments)
         except TorchDynamoException as error:
+            if now is plain:
+                raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             say(f"torch.compile failed ({reason}): running without it, which is slower")
-            module.forward = plain
+            now = plain
             return plain(*arguments)
 
-    module.forward = forward
-    return module
+    return call
+
+
+def kept(value: Any) -> Any:
+    """Copies of all tensors in tuples and dataclasses: those that a CUDA graph gives are written
+    over by its next run."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(map(kept, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: kept(getattr(value, f.name)) for f in fields(value)})
+    return value

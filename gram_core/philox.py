@@ -5,6 +5,8 @@ GPU's differ from them by the rounding of its logarithm and cosine.
 """
 
 import math
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -13,6 +15,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from gram_core.compile import with_way_back
 
 # Fewer numbers than this are not worth a second thread.
 PARALLEL = 1 << 20
@@ -32,7 +36,14 @@ def normal(streams: np.ndarray, count: int, device: torch.device) -> Float[Tenso
         return torch.from_numpy(on_cpu(streams, groups))[:, :count]
     rows = torch.from_numpy(streams.astype(np.int64)).to(device)
     pieces = torch.split(rows, max(1, PIECE // (4 * groups)))
-    return torch.cat([in_torch(piece, groups)[:, :count] for piece in pieces])
+    return torch.cat([_fused()(piece, groups)[:, :count] for piece in pieces])
+
+
+@cache
+def _fused() -> Callable[[Tensor, int], Tensor]:
+    """`in_torch` as one kernel: its hundred operations on 64-bit words, each through memory, would
+    take as long as a training step."""
+    return with_way_back(in_torch, warnings.warn, dynamic=True)
 
 
 def on_cpu(streams: np.ndarray, groups: int) -> np.ndarray:

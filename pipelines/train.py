@@ -104,7 +104,7 @@ class Trained:
 def build_module(job: Job, device: str) -> Supervised:
     """A fresh model with its objective, seeded by the run, compiled if the run asks for it."""
     torch.manual_seed(job.train.seed)
-    task = job.task
+    task = job.task.on(device)
     model = GRAM(job.model, job.shape).to(device)
     module = Supervised(
         model,
@@ -116,7 +116,9 @@ def build_module(job: Job, device: str) -> Supervised:
     if job.train.compile and job.train.zero_stage == 3:
         say("zero_stage 3 fetches weights as they are used: training without torch.compile")
         return module
-    return compiled(module, say) if job.train.compile else module
+    if not job.train.compile:
+        return module
+    return compiled(module, say, graphs=job.train.accumulate == 1 and not job.train.zero_stage)
 
 
 def work(

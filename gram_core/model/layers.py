@@ -129,8 +129,11 @@ class Block(nn.Module):
         self.channels = channels
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        x = rms_norm(x + self.mixing(x))
-        return rms_norm(x + self.channels(x))
+        for part in (self.mixing, self.channels):
+            y: Tensor = part(x)
+            # In the products' number format, which halves what lies between them.
+            x = rms_norm(x + y).to(y.dtype)
+        return x
 
 
 class Stack(nn.Module):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 from gram_core.model.gram import GRAM
@@ -152,6 +153,22 @@ class _Live:
         self.step = np.concatenate([self.step, np.zeros(len(jobs), dtype=np.int64)])
         self.done = np.concatenate([self.done, np.zeros(len(jobs), dtype=bool)])
 
+    def advance(
+        self, step: "SupervisionStep", noise: Tensor | None, slots: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Take a supervision step; answers, values and wishes to halt."""
+        rows = len(self)
+        spare = spare_rows(rows, slots, self.e_x.device)
+
+        def filled(tensor: Tensor) -> Tensor:
+            return F.pad(tensor, (0, 0, 0, 0, 0, spare)) if spare else tensor
+
+        state = State(filled(self.state.h), filled(self.state.l))
+        state, *told = step(state, filled(self.e_x), None if noise is None else filled(noise))
+        self.state = State(state.h[:rows], state.l[:rows])
+        prediction, value, wants = (tensor[:rows].cpu().numpy() for tensor in told)
+        return prediction, value, wants
+
     def drop_done(self) -> None:
         """Keep the rows still on their way."""
         keep = np.flatnonzero(~self.done)
@@ -159,6 +176,12 @@ class _Live:
         self.state = State(self.state.h[index], self.state.l[index])
         self.e_x = self.e_x[index]
         self.job, self.step, self.done = self.job[keep], self.step[keep], self.done[keep]
+
+
+def spare_rows(rows: int, slots: int, device: torch.device) -> int:
+    """Rows that nobody reads: on a GPU, where a graph is recorded for each number of rows, those
+    that fill up a power of two, or all slots."""
+    return min(slots, 1 << (rows - 1).bit_length()) - rows if device.type == "cuda" else 0
 
 
 class SupervisionStep(nn.Module):
@@ -239,8 +262,7 @@ def rollout(
         if len(queue) and (config.compaction or not len(live)):
             live.admit(queue.take(config.batch - len(live)))
         noise = _noise(model, live, keys, config)
-        live.state, *told = step(live.state, live.e_x, noise)
-        prediction, value, wants = (tensor.cpu().numpy() for tensor in told)
+        prediction, value, wants = live.advance(step, noise, config.batch)
         live.step += 1
         halts = wants & config.halting & ~live.done
         given_up = 0

@@ -8,13 +8,15 @@ Shapes: B a batch of puzzles, S tokens of an input and of an answer, N rows of a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
@@ -88,6 +90,17 @@ class Task(ABC):
     ) -> dict[str, Float[Tensor, " B"]]:
         """The task's own numbers for each answer, beside being valid."""
         return {}
+
+    def on(self, device: torch.device | str) -> Self:
+        """The same task with the constants of its rule on `device`: a CUDA graph cannot hold the
+        copying of them there."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+            elif isinstance(value, Task):
+                setattr(moved, name, value.on(device))
+        return moved
 
     def score(self, trajectories: pl.DataFrame, test: pa.Table) -> dict[str, np.ndarray]:
         """Numbers that no single answer has: from the trajectories of the test table at one depth,

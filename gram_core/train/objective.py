@@ -278,4 +278,6 @@ def supervise(
         loss = loss + _head_losses(
             model, config, terms, batch, taught, trace[taught], rows_quality, ended[taught]
         )
-    return Supervision(loss, state.detach(), trace, ended, terms.stacked())
+    # States may leave autocast in bfloat16; the slots hold float32 ones.
+    left = State(state.h.detach().float(), state.l.detach().float())
+    return Supervision(loss, left, trace, ended, terms.stacked())

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import InternalTorchDynamoError
 
-from gram_core.compile import compiled
+from gram_core.compile import compiled, kept
+from gram_core.model.recursion import State
 
 # Importing torch's compiler warns of its own use of torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
@@ -25,7 +26,7 @@ def test_with_a_compiler_the_forward_is_compiled_without_a_word(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
     calls, said = [], []
 
-    def compile(function, *, dynamic):
+    def compile(function, *, dynamic, mode):
         calls.append(dynamic)
         return lambda x: function(x) + 1
 
@@ -41,7 +42,7 @@ def test_with_a_compiler_the_forward_is_compiled_without_a_word(monkeypatch):
 def test_a_compilation_that_fails_is_one_line_and_the_module_runs_as_it_is(monkeypatch):
     tried, said = [], []
 
-    def compile(function, *, dynamic):
+    def compile(function, *, dynamic, mode):
         def fails(x):
             tried.append(x)
             raise InternalTorchDynamoError("no such instruction\nand a long story")
@@ -66,3 +67,37 @@ def test_an_error_of_the_module_itself_is_not_hidden():
     module = compiled(nn.Linear(2, 2), lambda line: None)
     with pytest.raises(RuntimeError, match=r"shape|size"):
         module(torch.ones(1, 3))
+
+
+def test_what_is_kept_of_a_graph_s_results_is_a_copy():
+    h, low, answer = torch.ones(2), torch.zeros(2), torch.ones(3, requires_grad=True) * 2
+    state, copy, rest = kept((State(h, low), answer, "text"))
+    for tensor in (h, low):
+        tensor.fill_(7.0)
+    assert torch.equal(state.h, torch.ones(2)) and torch.equal(state.l, torch.zeros(2))
+    assert torch.equal(copy, answer) and copy.data_ptr() != answer.data_ptr()
+    assert copy.requires_grad
+    assert rest == "text"
+
+
+def test_a_gpu_s_graph_is_told_of_each_step_and_its_results_are_copied(monkeypatch):
+    """The module lies on torch's meta device, and says that it is on a GPU."""
+    told, asked = [], []
+    buffer = torch.zeros(2)
+
+    def compile(function, *, dynamic, mode):
+        asked.append(mode)
+        return lambda x: buffer.copy_(x)
+
+    class OnGpu(nn.Linear):
+        def parameters(self, recurse=True):
+            yield type("P", (), {"device": torch.device("cuda")})()
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(1))
+    module = compiled(OnGpu(2, 2), told.append)
+    first, second = module(torch.ones(2)), module(torch.full((2,), 2.0))
+    assert torch.equal(first, torch.ones(2)) and torch.equal(second, torch.full((2,), 2.0))
+    assert told == [1, 1]
+    compiled(OnGpu(2, 2), told.append, graphs=False)
+    assert asked == ["reduce-overhead", None]

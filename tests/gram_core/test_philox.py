@@ -63,6 +63,7 @@ def test_the_transform_is_right_at_the_ends_of_its_ranges(x, y):
     assert found == pytest.approx((radius * math.cos(angle), radius * math.sin(angle)), abs=near)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 def test_another_device_draws_the_same_noise_but_for_rounding():
     streams = np.random.default_rng(0).integers(2**32, size=(5, 5), dtype=np.uint32)
     streams[0], streams[1] = 2**32 - 1, 0

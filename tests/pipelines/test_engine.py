@@ -21,7 +21,9 @@ SCRIPT = REPOSITORY / "tests/support/spread.py"
 TOLERANCE = 1e-3
 
 
-def spread(world: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def spread(
+    world: int, cases: list[dict[str, Any]], folder: Path, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Run the cases on so many workers."""
     given, out = folder / f"cases{world}.json", folder / f"out{world}.json"
     given.write_text(json.dumps(cases))
@@ -32,7 +34,7 @@ def spread(world: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[s
             env={
                 **child_environment(), "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device,
             },
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
@@ -139,3 +141,22 @@ def test_prior_slots_do_not_hang_on_the_number_of_parts() -> None:
     for parts in (1, 2, 4):
         config = TrainConfig(batch=32, prior_slots=0.125, accumulate=parts)
         assert config.prior_rows(MODEL) * parts == 4
+
+
+ON_GPU: dict[str, dict[str, Any]] = {
+    "stage 0": DEEP,
+    "stage 0, two parts": {**DEEP, "accumulate": 2},
+    "stage 1": {**DEEP, "zero_stage": 1},
+    "stage 2": {**DEEP, "zero_stage": 2},
+}
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_compiled_step_gives_a_cpu_s_curve(tmp_path: Path) -> None:
+    compile = [{**case, "compile": True} for case in ON_GPU.values()]
+    plain, muon = spread(1, [{"engine": "plain"}, {"engine": "plain", **MUON}], tmp_path)
+    *found, muon_there = spread(1, [*compile, {**DEEP, **MUON, "compile": True}], tmp_path, "cuda")
+    for name, there in zip(ON_GPU, found, strict=True):
+        for ours, theirs in zip(there["rows"], plain["rows"], strict=True):
+            assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-4), name
+    assert muon_there["rows"][0] == pytest.approx(muon["rows"][0], rel=TOLERANCE, abs=1e-4)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gram_core.compile import compiled
 from gram_core.config import load
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.shape import TokenShape
@@ -26,6 +27,7 @@ from gram_core.train.optim import OptimConfig
 MODEL = ModelConfig(
     core="mixer", dim=32, heads=2, ffn=32, layers=1, K=2, T=2, N_sup=4, prefix_tokens=2
 )
+DEVICE = os.environ.get("DS_ACCELERATOR", "cpu")
 
 
 class Dead(Exception):
@@ -50,12 +52,14 @@ def run(case: dict[str, object]) -> dict[str, object]:
     config = TrainConfig(**{**settings, **case})
     torch.manual_seed(0)
     module = Supervised(
-        GRAM(MODEL, TokenShape(6, vocab=4)),
+        GRAM(MODEL, TokenShape(6, vocab=4)).to(DEVICE),
         ObjectiveConfig(beta=1.0),
         None,
         prior_rows=config.prior_rows(MODEL),
         precision=config.precision,
     )
+    if config.compile:
+        compiled(module, print, graphs=config.accumulate == 1)
     engine: Engine
     if config.engine == "plain":
         engine = PlainEngine(module, config.optim, config.accumulate)
@@ -83,7 +87,8 @@ def main() -> None:
     """All cases."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+    backend = "gloo" if DEVICE == "cpu" else "nccl"
+    dist.init_process_group(backend, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     cases = json.loads(Path(sys.argv[1]).read_text())
     found = [run(case) for case in cases]
     if rank == 0:

@@ -5,6 +5,7 @@ import torch
 from gram_core.config import ConfigError, load
 from gram_core.model.recursion import State
 from gram_core.noise import step_noise, trajectory_key
+from gram_core.sample import trajectory
 from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.batches import Puzzles
 
@@ -71,6 +72,23 @@ def test_each_trajectory_is_the_one_rolled_out_alone(model, puzzles):
     assert len(set(result.steps[0])) > 2
     assert 0 < result.halted.sum() < 21
     assert len(np.unique(result.prediction[0], axis=0)) > 10
+
+
+def test_rows_that_fill_up_a_graph_s_number_change_nothing(model, puzzles, monkeypatch):
+    expected, gpu = rollout(model, puzzles, config(batch=11)), torch.device("cuda")
+    spare, seen = trajectory.spare_rows, []
+
+    class Step(trajectory.SupervisionStep):
+        def forward(self, state, e_x, noise):
+            seen.append(len(e_x))
+            return super().forward(state, e_x, noise)
+
+    monkeypatch.setattr(
+        trajectory, "spare_rows", lambda rows, slots, device: spare(rows, slots, gpu)
+    )
+    step = Step(model, config())
+    assert same(rollout(model, puzzles, config(batch=11), step=step), expected)
+    assert {11, 4} <= set(seen) <= {11, 8, 4, 2, 1}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])

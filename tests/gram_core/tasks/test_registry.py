@@ -1,6 +1,8 @@
 import pytest
+from torch import Tensor
 
 from gram_core.config import ConfigError, dump
+from gram_core.tasks.base import Task
 from gram_core.tasks.nqueens import NQueens
 from gram_core.tasks.registry import TASKS, make_task
 
@@ -14,6 +16,21 @@ def test_a_kind_and_its_settings_make_a_task():
 def test_a_tasks_dumped_settings_make_it_again():
     task = make_task({"kind": "nqueens", "size": 5, "remove": [2]}, "tasks.a")
     assert make_task(dump(task.config), "x").config == task.config
+
+
+@pytest.mark.parametrize("kind", ["nqueens", "sudoku_boards"])
+def test_a_task_moves_with_its_rule_s_constants_and_stays(kind):
+    def constants(task):
+        for value in vars(task).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, Task):
+                yield from constants(value)
+
+    task = make_task({"kind": kind}, "tasks.a")
+    moved = task.on("meta")
+    assert {tensor.device.type for tensor in constants(moved)} == {"meta"}
+    assert {tensor.device.type for tensor in constants(task)} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -247,6 +247,7 @@ def make_run(make_model, examples, queens4) -> Callable[..., Run]:
     def make(
         model_settings: Mapping[str, Any] = MappingProxyType({}),
         halt_bias: float | None = None,
+        device: str = "cpu",
         **settings: Any,
     ) -> Run:
         defaults = {
@@ -265,9 +266,9 @@ def make_run(make_model, examples, queens4) -> Callable[..., Run]:
         if halt_bias is not None:
             torch.nn.init.constant_(model.halt.map.bias, halt_bias)
         module = Supervised(
-            model,
+            model.to(device),
             ObjectiveConfig(),
-            queens4.verify,
+            queens4.on(device).verify,
             prior_rows=config.prior_rows(model.config),
             precision=config.precision,
         )
