@@ -136,8 +136,8 @@ STUDIES = {
         variants={
             "muon, lr 4e-3": {},
             "muon, lr 4e-3, heads 2e-2": {"head_lr": 2e-2},
-            "muon, lr 4e-3 to 0, heads 2e-2, 1,050 steps": {
-                "head_lr": 2e-2, "final_lr": 0.0, "steps": 1050,
+            "muon, lr 4e-3 to 0, heads 2e-2, 1,000 steps": {
+                "head_lr": 2e-2, "final_lr": 0.0, "steps": 1000,
             },
             "adamw, lr 2e-3": {"name": "adamw", "lr": 2e-3},
             "adamw, lr 2e-3, 2,400 steps": {"name": "adamw", "lr": 2e-3, "steps": 2400},
