@@ -14,16 +14,26 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed import DTYPES, LOADS, MODELS, device, sampling, synchronise, training
+from benchmarks.speed import (
+    DTYPES,
+    LOADS,
+    MODELS,
+    check_rows,
+    device,
+    sampling,
+    synchronise,
+    training,
+)
 from pipelines.runtime import device_name, entry, threads
 
 WARM = 3  # turns before the one that is looked at
 LARGEST = 25
-# Parts of kernels' names, the first that fits: cuBLAS and oneDNN, attention, inductor, torch's own.
+# Parts of kernels' names, the first that fits: inductor's, which hold the names of what they fuse,
+# attention, cuBLAS and oneDNN, torch's own.
 KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "mkldnn", "addmm", "::mm", "bmm", "matmul"),
-    "attention": ("flash", "fmha", "attention"),
     "fused kernels": ("triton", "cpp_fused", "graph_"),
+    "attention": ("flash", "fmha", "attention", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "mkldnn", "addmm", "::mm", "bmm", "matmul"),
     "optimiser and average": ("multi_tensor", "foreach", "adam"),
     "copies": ("memcpy", "memset", "copy"),
 }
@@ -73,6 +83,8 @@ def spent(profiler: profile) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = {}
     events: Any = profiler.key_averages()
     for event in events:
+        if event.is_user_annotation:  # a range over kernels that are counted themselves
+            continue
         if event.device_type.name != ("CUDA" if gpu else "CPU"):
             continue
         micro = event.self_device_time_total if gpu else event.self_cpu_time_total
@@ -88,6 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("dtype", choices=tuple(DTYPES))
     parser.add_argument("--rows", type=int, help="rows of the batch, in place of the usual ones")
     options = parser.parse_args(arguments)
+    if options.rows is not None:
+        check_rows(parser, options.rows, sampled=options.phase == "sample")
     torch.set_num_threads(threads())
     from torch._inductor import config
 

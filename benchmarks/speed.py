@@ -6,7 +6,7 @@ depth, analytic FLOPs, and the share of the GEMM limit: the best rate of `F.line
 both sizes (on a GPU, at any of those or a large square), measured in the same turns. Every
 measurement lives in a process of its own; they take turns, and medians are shown. Words limit what
 is measured (`train small`, `bf16`), `--rows` says for which batches. Prints Markdown; a full run
-writes benchmarks/latest.json, or the file that `--out` names.
+writes benchmarks/latest.json (on a GPU docs/results/gpu/speed.json), or the file of `--out`.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks import flops
 from gram_core.compile import compiled
+from gram_core.errors import GramError
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.sample.trajectory import SampleConfig, SupervisionStep, rollout
 from gram_core.tables import tokens_numpy
@@ -36,7 +37,7 @@ from gram_core.train.loop import TrainConfig, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.runtime import device_name, entry, environment, say, threads
 
-LATEST = Path("benchmarks/latest.json")
+LATEST = {"cpu": Path("benchmarks/latest.json"), "cuda": Path("docs/results/gpu/speed.json")}
 TURNS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = ("train", "sample", "paper", "small", *DTYPES)
@@ -268,8 +269,7 @@ def main(arguments: Sequence[str]) -> None:
         if word not in WORDS:
             parser.error(f"unknown word {word!r}; known: {', '.join(WORDS)}")
     for rows in options.rows or ():
-        if rows < WIDTH or (rows % WIDTH and "train" not in options.words):
-            parser.error(f"--rows {rows}: sampling takes multiples of {WIDTH}")
+        check_rows(parser, rows, sampled="train" not in options.words)
     usual = LOADS[device_name()].rows
     cases = [
         (phase, size, dtype, rows)
@@ -281,6 +281,8 @@ def main(arguments: Sequence[str]) -> None:
     ]
     kinds = sorted({case[2] for case in cases})
     children = started([*(("limit", kind) for kind in kinds), *cases])
+    if any(("limit", kind) not in children for kind in kinds):
+        raise GramError("the limit itself could not be measured; is the device's memory taken?")
     for _ in range(TURNS):
         for measured in children.values():
             measured.measure()
@@ -307,9 +309,18 @@ def main(arguments: Sequence[str]) -> None:
               f"| {share:.0%} |")  # fmt: skip
     for measured in children.values():
         measured.close()
-    out = options.out or (None if options.words or options.rows else LATEST)
+    whole = not options.words and not options.rows and len(found) == len(cases)
+    out = options.out or (LATEST[device_name()] if whole else None)
     if out:
         out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def check_rows(parser: argparse.ArgumentParser, rows: int, *, sampled: bool) -> None:
+    """Refuse a batch that cannot be measured."""
+    if rows < 2:
+        parser.error(f"--rows {rows}: a batch has at least 2")
+    if sampled and rows % WIDTH:
+        parser.error(f"--rows {rows}: sampling takes multiples of {WIDTH}")
 
 
 def device() -> str:

@@ -81,7 +81,7 @@ def test_what_is_kept_of_a_graph_s_results_is_a_copy():
 
 
 def test_a_gpu_s_graph_is_told_of_each_step_and_its_results_are_copied(monkeypatch):
-    """The module lies on torch's meta device, and says that it is on a GPU."""
+    """The module says that it is on a GPU; it is not."""
     told, asked = [], []
     buffer = torch.zeros(2)
 

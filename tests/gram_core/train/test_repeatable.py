@@ -46,12 +46,14 @@ def test_the_gradient_of_what_is_looked_up_is_the_same_each_time(two_threads):
     tokens = torch.randint(4, (64, 64), generator=draw)
     weight = torch.randn(64, 64, 64, generator=draw)
     puzzle = torch.zeros(64, dtype=torch.int32)
-    module = compiled(Lookups(), print)
+    said: list[str] = []
+    module = compiled(Lookups(), said.append)
     gradients = []
     for _ in range(20):
         module.zero_grad()
         (module(tokens, puzzle) * weight).sum().backward()
         gradients.append([p.grad.clone() for p in module.parameters()])
+    assert said == [], "nothing was compiled"
     for one, other in itertools.pairwise(gradients):
         assert all(map(torch.equal, one, other))
     rows = torch.stack([weight[tokens == token].sum(0) for token in range(4)]) * 8  # sqrt(64)
@@ -78,12 +80,14 @@ def test_a_training_run_ends_in_the_same_bits(two_threads, queens4, examples):
         prior_rows=config.prior_rows(settings),
         precision="fp32",
     )
-    compiled(module, print)
+    said: list[str] = []
+    compiled(module, said.append)
     ends = []
     for _ in range(5):
         model.load_state_dict(start)
         engine = PlainEngine(module, config.optim)
         train(engine, make_slots(engine, examples, config), config, None, lambda row: None)
         ends.append([p.detach().clone() for p in model.parameters()])
+    assert said == [], "nothing was compiled"
     for one, other in itertools.pairwise(ends):
         assert all(map(torch.equal, one, other))
