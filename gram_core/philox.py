@@ -20,7 +20,8 @@ from gram_core.compile import with_way_back
 
 # Fewer numbers than this are not worth a second thread.
 PARALLEL = 1 << 20
-# So many at a time on other devices, where the words take five times the memory of the numbers.
+# So many at a time on other devices, where the words, uncompiled, take five times the memory of
+# the numbers.
 PIECE = 1 << 26
 # Philox 4x32 with 10 rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 ROUNDS = 10
@@ -41,7 +42,7 @@ def normal(streams: np.ndarray, count: int, device: torch.device) -> Float[Tenso
 
 @cache
 def _fused() -> Callable[[Tensor, int], Tensor]:
-    """`in_torch` as one kernel: its hundred operations on 64-bit words, each through memory, would
+    """`in_torch` as few kernels: its hundred operations on 64-bit words, each through memory, would
     take as long as a training step."""
     return with_way_back(in_torch, warnings.warn, dynamic=True)
 

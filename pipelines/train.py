@@ -118,7 +118,7 @@ def build_module(job: Job, device: str) -> Supervised:
         return module
     if not job.train.compile:
         return module
-    return compiled(module, say, graphs=job.train.accumulate == 1 and not job.train.zero_stage)
+    return compiled(module, say, graphs=job.train.graphs)
 
 
 def work(

@@ -180,8 +180,11 @@ class _Live:
 
 def spare_rows(rows: int, slots: int, device: torch.device) -> int:
     """Rows that nobody reads: on a GPU, where a graph is recorded for each number of rows, those
-    that fill up a power of two, or all slots."""
-    return min(slots, 1 << (rows - 1).bit_length()) - rows if device.type == "cuda" else 0
+    that fill up a power of two, or all slots; at least two rows, for the compiler takes one alone
+    for a case of its own."""
+    if device.type != "cuda":
+        return 0
+    return min(slots, 1 << max(1, (rows - 1).bit_length())) - rows
 
 
 class SupervisionStep(nn.Module):
@@ -260,7 +263,8 @@ def rollout(
     queue = _Queue(len(puzzles.ids), width, until_verified=config.stop_when_verified)
     while len(queue) or len(live):
         if len(queue) and (config.compaction or not len(live)):
-            live.admit(queue.take(config.batch - len(live)))
+            with autocast(step.precision, live.e_x.device):  # as training embeds
+                live.admit(queue.take(config.batch - len(live)))
         noise = _noise(model, live, keys, config)
         prediction, value, wants = live.advance(step, noise, config.batch)
         live.step += 1

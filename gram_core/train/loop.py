@@ -87,6 +87,12 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         """Batches that an optimiser step is made of, over all workers."""
         return self.workers * self.accumulate
 
+    @property
+    def graphs(self) -> bool:
+        """Whether an optimiser step uses up the gradients of one forward and backward, whole, as
+        CUDA graphs ask."""
+        return self.accumulate == 1 and self.zero_stage == 0
+
     def prior_rows(self, model: ModelConfig) -> int:
         """P: slots of one part that follow the prior throughout."""
         slots = self.batch // self.parts

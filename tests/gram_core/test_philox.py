@@ -69,6 +69,8 @@ def test_another_device_draws_the_same_noise_but_for_rounding():
     streams[0], streams[1] = 2**32 - 1, 0
     there = philox.in_torch(torch.from_numpy(streams.astype(np.int64)), 300)
     np.testing.assert_allclose(there, philox.on_cpu(streams, 300), rtol=0, atol=4e-6)
+    fused = philox._fused()(torch.from_numpy(streams.astype(np.int64)), 300)
+    np.testing.assert_allclose(fused, there, rtol=0, atol=4e-6)
     moved = batch_noise([trajectory_key(0, "a", 0)], [1], (2, 3, 4), torch.device("meta"))
     assert moved.shape == (2, 1, 3, 4)
     assert moved.device.type == "meta"

@@ -59,7 +59,7 @@ def run(case: dict[str, object]) -> dict[str, object]:
         precision=config.precision,
     )
     if config.compile:
-        compiled(module, print, graphs=config.accumulate == 1 and not config.zero_stage)
+        compiled(module, print, graphs=config.graphs)
     engine: Engine
     if config.engine == "plain":
         engine = PlainEngine(module, config.optim, config.accumulate)

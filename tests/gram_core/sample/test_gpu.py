@@ -17,16 +17,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(make_model):
-    """A model that halts now and then."""
-    model = make_model(N_sup=4)
-    with torch.no_grad():
-        model.halt.map.bias.zero_()
-        model.halt.map.weight.mul_(3)
-    return model.eval()
-
-
 @pytest.mark.parametrize("compaction", [True, False])
 def test_trajectories_are_those_of_a_cpu(model, compaction):
     inputs = torch.randint(1, 3, (9, 16), generator=torch.Generator().manual_seed(0))

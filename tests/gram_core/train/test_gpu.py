@@ -25,7 +25,7 @@ CASES = {
 def on_gpu(make_run, **settings):
     """A run whose step is compiled, as pipelines.train has it."""
     run, said = make_run(device="cuda", **settings), []
-    compiled(run.engine.module, said.append, graphs=run.config.accumulate == 1)
+    compiled(run.engine.module, said.append, graphs=run.config.graphs)
     return run, said
 
 
