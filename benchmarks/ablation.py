@@ -2,8 +2,8 @@
 
 `settings` changes one setting at a time of a small, short run on 7x7 N-Queens; `profile` changes
 beta and the learning rate of the CPU profile's run on 8x8 as it was with AdamW; `optimizer` sets
-Muon at half of its steps, with heads at a rate of their own as the profile has it now, and at fewer
-steps, against AdamW at half of them and at all. Each variant is trained with three seeds on one
+Muon at half of its steps, with heads at a rate of their own, at fewer steps, and at a sixth of the
+batch as the profile has it now, against AdamW at half of the steps and at all. Each variant is trained with three seeds on one
 thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
 docs/results/ablation_STUDY.csv (a GPU's to docs/results/gpu/ablation_STUDY.csv) as they finish, and
 a row that is there is not computed again. Ends with the table of docs/log.md: means over the seeds,
@@ -138,6 +138,10 @@ STUDIES = {
             "muon, lr 4e-3, heads 2e-2": {"head_lr": 2e-2},
             "muon, lr 4e-3 to 0, heads 2e-2, 1,050 steps": {
                 "head_lr": 2e-2, "final_lr": 0.0, "steps": 1050,
+            },
+            "muon, lr 2e-3, heads 2e-2, batch 16, 3,600 steps": {
+                "lr": 2e-3, "head_lr": 2e-2, "clip": 0.0, "batch": 16, "steps": 3600,
+                "ema": 0.9988, "checkpoint_every": 3600,
             },
             "adamw, lr 2e-3": {"name": "adamw", "lr": 2e-3},
             "adamw, lr 2e-3, 2,400 steps": {"name": "adamw", "lr": 2e-3, "steps": 2400},

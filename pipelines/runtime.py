@@ -19,9 +19,11 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 # OpenMP's threads spin while they wait; beside any other busy process that made a training step
-# up to 25 times slower here. A short spin before sleep is also the fastest on a quiet machine
-# (docs/performance.md).
-PATIENT = {"GOMP_SPINCOUNT": "2000"}
+# up to 25 times slower here. A short spin before sleep is also the fastest on a quiet machine.
+# GNU's runtime hardly spins at all in a process with more threads of its own than cores, and a
+# worker of Ray computes on a thread beside the main one, each with a team: unless it is told to be
+# active, every small operation there waits for a thread to wake (docs/performance.md).
+PATIENT = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
