@@ -39,7 +39,7 @@ lint: $(READY)
 
 ## test: lint, types, import contracts and the fast tests, with coverage of the core
 test: $(READY) lint
-	pytest -n 2 --dist loadgroup -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=95
+	pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 ## test-all: every test that this machine can run
 test-all: $(READY) lint

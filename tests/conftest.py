@@ -1,6 +1,7 @@
 """Settings that must be there before torch is loaded; and which tests may run at once."""
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -10,9 +11,20 @@ from pipelines.runtime import PATIENT
 os.environ.update(PATIENT)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Of two processes that share the tests, one takes all that start a Ray, which would fight for
-    cores and ports; a module's other tests, with their fixtures, stay together."""
+def group(item: pytest.Item) -> str:
+    """Which tests stay in one of two processes that share them: all that start a Ray, which would
+    fight for cores and ports; else a module's, with their fixtures."""
     ray = item.get_closest_marker("ray") is not None
-    group = "ray" if ray else item.nodeid.split("::", maxsplit=1)[0]
-    item.add_marker(pytest.mark.xdist_group(group))
+    return "ray" if ray else item.nodeid.split("::", maxsplit=1)[0]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark an item's group, before xdist reads it."""
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest group begins first, so that it is not the end of all: those that start a Ray,
+    then modules with many tests."""
+    size = Counter(map(group, items))
+    items.sort(key=lambda item: (group(item) != "ray", -size[group(item)]))
