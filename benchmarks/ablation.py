@@ -3,11 +3,12 @@
 `settings` changes one setting at a time of a small, short run on 7x7 N-Queens; `profile` changes
 beta and the learning rate of the CPU profile's run on 8x8 as it was with AdamW; `optimizer` sets
 Muon at half of its steps, with heads at a rate of their own, at fewer steps, and at a sixth of the
-batch as the profile has it now, against AdamW at half of the steps and at all. Each variant is trained with three seeds on one
-thread; held-out inputs are then sampled with 20 trajectories. Rows are appended to
-docs/results/ablation_STUDY.csv (a GPU's to docs/results/gpu/ablation_STUDY.csv) as they finish, and
-a row that is there is not computed again. Ends with the table of docs/log.md: means over the seeds,
-and their range where they differ. Further arguments name the variants to compute.
+batch as the profile has it now, against AdamW at half of the steps and at all. Each variant is
+trained with three seeds on one thread; held-out inputs are then sampled with 20 trajectories. Rows
+are appended to docs/results/ablation_STUDY.csv (a GPU's to docs/results/gpu/ablation_STUDY.csv) as
+they finish, and a row that is there is not computed again. Ends with the table of docs/log.md:
+means over the seeds, and their range where they differ. Further arguments name the variants to
+compute.
 """
 
 import csv
