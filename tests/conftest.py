@@ -23,8 +23,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest group begins first, so that it is not the end of all: those that start a Ray,
-    then modules with many tests."""
+    then modules with many tests. Raises `pytest.UsageError` where xdist has lost the groups."""
+    if items and getattr(config.option, "loadgroup", False) and "@" not in items[0].nodeid:
+        raise pytest.UsageError("pytest-xdist lost the tests' groups; install the locked pytest")
     size = Counter(map(group, items))
     items.sort(key=lambda item: (group(item) != "ray", -size[group(item)]))
