@@ -37,7 +37,7 @@ def once(run_name: str, workers: int) -> dict[str, float]:
     model, about = load_model(MODELS / run_name)
     puzzles, targets = held_out(run.task_name, run.task, about.get("identifiers", []))
     # Whether a run is compiled hangs on its length, and so on the number of workers.
-    alike = {"width": WIDTH, "cores": 1, "compile": False}
+    alike = {"width": WIDTH, "cores": 1, "compile": False, "max_concurrency": workers}
     section = run.section("sample", SampleConfig)
     config = msgspec.structs.replace(section, concurrency=workers, **alike)
     known = [targets[puzzle_id] for puzzle_id in puzzles.ids]

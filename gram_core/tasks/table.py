@@ -20,6 +20,7 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
+from gram_core.shape import Verifier
 from gram_core.tables import dataset_schema, tokens_array
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
 
@@ -171,11 +172,17 @@ class Table(Task):
             )
         return valid
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a rule may do what no compiler can follow
-    def verify(
+    @property
+    def verify(self) -> Verifier:
+        """What the verifier says of inputs and answers, uint8 [B, S]; called uncompiled, for a rule
+        may do what no compiler can follow."""
+        # Not a decorator: it imports the compiler, which takes as long as torch, in every process.
+        rule: Verifier = torch.compiler.disable(self._verify)  # type: ignore[no-untyped-call]
+        return rule
+
+    def _verify(
         self, inputs: UInt8[Tensor, "B S"], answers: UInt8[Tensor, "B S"]
     ) -> Bool[Tensor, " B"]:
-        """What the verifier says."""
         valid = self._apply(inputs.cpu().numpy(), answers.cpu().numpy())
         return torch.from_numpy(valid).to(answers.device)
 

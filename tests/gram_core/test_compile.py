@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,3 +103,12 @@ def test_a_gpu_s_graph_is_told_of_each_step_and_its_results_are_copied(monkeypat
     assert told == [1, 1]
     compiled(OnGpu(2, 2), told.append, graphs=False)
     assert asked == ["reduce-overhead", None]
+
+
+def test_who_compiles_nothing_does_not_wait_for_the_compiler():
+    program = (
+        "import sys, pipelines.sample, pipelines.train, pipelines.evaluate\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -18,6 +18,7 @@ from gram_core.tasks.table import Table
 
 RULE = """
 import numpy as np
+import torch
 
 
 def latin(inputs, answers):
@@ -31,6 +32,10 @@ def latin(inputs, answers):
 
 def wrong_shape(inputs, answers):
     return np.ones((len(answers), 2), bool)
+
+
+def uncompiled(inputs, answers):
+    return (inputs == answers + 1).all(1) & (not torch.compiler.is_compiling())
 
 
 number = 3
@@ -108,6 +113,13 @@ def test_the_verifier_decides(latin: dict[str, Any]) -> None:
     assert task.verifies
     assert task.verify(inputs, target).all()
     assert not task.verify(inputs, target.roll(1, 1)).any()
+
+
+def test_a_compiled_caller_leaves_the_verifier_uncompiled(latin: dict[str, Any]) -> None:
+    task = task_of(latin, verifier="my_rules:uncompiled")
+    verify, seen = task.verify, torch.arange(12, dtype=torch.uint8).reshape(3, 4)
+    compiled = torch.compile(lambda tokens: verify(tokens + 1, tokens), backend="eager")
+    assert compiled(seen).tolist() == [True, True, True]
 
 
 def test_without_a_verifier_nothing_is_verified(latin: dict[str, Any]) -> None:
