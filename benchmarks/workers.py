@@ -24,7 +24,6 @@ import msgspec
 
 from gram_core.model.store import load_model
 from gram_core.sample.trajectory import SampleConfig
-from gram_core.tasks.batches import Puzzles
 from pipelines.blocks import Block, BlockStore
 from pipelines.cluster import cluster
 from pipelines.dataset import held_out
@@ -74,9 +73,7 @@ def share(run_name: str, first: int, shares: int) -> None:
     sampler = Sampler(job.model, job.task, job.config, 1)
 
     def sample(block: Block) -> None:
-        span = slice(block.start, block.stop)
-        puzzles = Puzzles(job.puzzles.ids[span], job.puzzles.inputs[span], job.puzzles.puzzle[span])
-        sampler.rows(puzzles, job.known[span], block, lambda number, done: None)
+        sampler.rows(*job.part(block), block, lambda number, done: None)
 
     sample(job.blocks[0])
     print("ready", flush=True)

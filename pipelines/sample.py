@@ -229,19 +229,25 @@ class Job:
             digest.update(b"".join(sorted(answers)))
         return digest.hexdigest()[:16]
 
+    def part(self, block: Block) -> tuple[Puzzles, Sequence[set[bytes]]]:
+        """A block's puzzles and their known answers."""
+        span, whole = slice(block.start, block.stop), self.puzzles
+        puzzles = Puzzles(whole.ids[span], whole.inputs[span], whole.puzzle[span])
+        return puzzles, self.known[span]
+
     def columns(self, block: Block) -> pa.Table:
         """A block as a worker takes it."""
-        span = slice(block.start, block.stop)
-        count = block.stop - block.start
+        puzzles, known = self.part(block)
+        count = len(puzzles.ids)
         return pa.table(
             {
                 "block": np.full(count, block.number),
                 "first": np.full(count, block.first),
                 "count": np.full(count, block.count),
-                "puzzle_id": list(self.puzzles.ids[span]),
-                "inputs": tables.tokens_array(self.puzzles.inputs[span].numpy()),
-                "puzzle": self.puzzles.puzzle[span].numpy(),
-                "targets": [b"".join(sorted(answers)) for answers in self.known[span]],
+                "puzzle_id": list(puzzles.ids),
+                "inputs": tables.tokens_array(puzzles.inputs.numpy()),
+                "puzzle": puzzles.puzzle.numpy(),
+                "targets": [b"".join(sorted(answers)) for answers in known],
             }
         )
 
@@ -279,9 +285,7 @@ def sample_here(
     compile = _worth_compiling(job, todo, cost, 1)
     sampler = Sampler(job.model, job.task, job.config, cores, compile=compile)
     for block in todo:
-        span = slice(block.start, block.stop)
-        puzzles = Puzzles(job.puzzles.ids[span], job.puzzles.inputs[span], job.puzzles.puzzle[span])
-        rows = sampler.rows(puzzles, job.known[span], block, progress)
+        rows = sampler.rows(*job.part(block), block, progress)
         name, content = packed(block.number, rows)
         store.put(name, content)
         store.add(name)
