@@ -118,15 +118,15 @@ class _Desk:
         self.arrived.set()
         return await answer
 
-    async def take(self, seconds: float) -> list[tuple[int, Any]]:
-        if not self.arrived.is_set():
-            try:
-                await asyncio.wait_for(self.arrived.wait(), seconds)
-            except TimeoutError:
-                return []
+    async def take(self, wait: bool) -> list[tuple[int, Any]]:
+        if wait:
+            await self.arrived.wait()
         self.arrived.clear()
         taken, self.messages = self.messages, []
         return taken
+
+    async def wake(self) -> None:
+        self.arrived.set()
 
     async def answer(self, number: int, value: Any) -> None:
         self.waiting.pop(number).set_result(value)
@@ -159,8 +159,8 @@ class Board:
         """Deliver messages to `receive` until the block ends, the last ones included."""
         stop = threading.Event()
 
-        def deliver(seconds: float) -> None:
-            for number, message in ray.get(self.actor.take.remote(seconds)):
+        def deliver(wait: bool) -> None:
+            for number, message in ray.get(self.actor.take.remote(wait)):
                 try:
                     answer = receive(message)
                 except Exception as error:
@@ -171,7 +171,7 @@ class Board:
 
         def loop() -> None:
             while not stop.is_set():
-                deliver(0.5)
+                deliver(wait=True)
 
         thread = threading.Thread(target=loop, daemon=True)
         thread.start()
@@ -179,8 +179,9 @@ class Board:
             yield
         finally:
             stop.set()
-            thread.join()
             # With a cluster that is gone there is nothing to hear, and what went wrong is known.
             with suppress(ray.exceptions.RayError):
-                deliver(0.0)
+                self.actor.wake.remote()
+                thread.join()
+                deliver(wait=False)
                 ray.kill(self.actor)

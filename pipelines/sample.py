@@ -43,6 +43,7 @@ SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
 TELL = 2.0  # seconds between two signs of life of a worker
+PATIENCE = 0.5  # seconds that Ray Data's loop waits for blocks
 
 
 class Sampler:
@@ -307,6 +308,7 @@ def sample_on_ray(
     from the asking for workers on, and the seconds that workers spent on blocks."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
+    from ray.data._internal.execution import streaming_executor_state as executor
 
     from pipelines.cluster import Board, cluster, has_gpus, worker_cores
 
@@ -327,6 +329,9 @@ def sample_on_ray(
         context.raise_original_map_exception = True
         # Blocks are wanted as they finish; their order is in their names.
         context.execution_options.preserve_order = False
+        # Its loop looks for finished blocks ten times a second, for which a core is busy by some
+        # five per cent. A block takes a second or more, and each worker holds the next one.
+        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = PATIENCE
         board = Board()
         # Ready-made blocks need no task beside the actors, which may take every core there is.
         blocks = ray.data.from_arrow([job.columns(block) for block in todo])

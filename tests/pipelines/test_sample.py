@@ -79,6 +79,13 @@ def test_workers_do_not_show(whole: Path) -> None:
         assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
 
 
+def test_the_wait_that_is_lengthened_is_the_one_that_ray_reads() -> None:
+    from ray.data._internal.execution import streaming_executor_state as executor
+
+    read = executor.process_completed_tasks.__code__.co_names
+    assert "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in read
+
+
 def test_deterministic_twin_gives_one_answer(data: Path) -> None:
     write_params(params(runs__tiny__model__guidance="none"))
     found = make_run()
