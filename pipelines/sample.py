@@ -70,6 +70,7 @@ class Sampler:
         self.config = config
         self.board = board
         self.store = store
+        self.told = 0.0
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Finish the blocks in `batch`: `puzzle_id`, `inputs`, `puzzle` (its learned identifier)
@@ -105,15 +106,15 @@ class Sampler:
         self, puzzles: Puzzles, known: Sequence[set[bytes]], block: Block, progress: Progress
     ) -> pa.Table:
         """The rows of a block over these puzzles, in order of puzzle, trajectory and depth."""
-        width, done, told = block.count, 0, 0.0
+        width, done = block.count, 0
         config = msgspec.structs.replace(self.config, width=width)
 
         def ended(trajectories: int) -> None:
-            nonlocal done, told
+            nonlocal done
             done += trajectories
             # Telling costs a message through Ray: not at each step, but the last in any case.
-            if time.monotonic() - told > TELL or done == block.trajectories:
-                told = time.monotonic()
+            if time.monotonic() - self.told > TELL or done == block.trajectories:
+                self.told = time.monotonic()
                 progress(block.number, done)
 
         result = rollout(
