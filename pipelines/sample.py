@@ -43,7 +43,7 @@ SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
 TELL = 2.0  # seconds between two signs of life of a worker
-PATIENCE = 0.5  # seconds that Ray Data's loop waits for blocks
+PATIENCE = (0.1, 0.5)  # seconds that Ray Data's loop waits for blocks: its own, and at most
 
 
 class Sampler:
@@ -300,6 +300,13 @@ def _worth_compiling(job: Job, todo: list[Block], cost: Cost, workers: int) -> b
     return left * cost.seconds / workers > WORTH
 
 
+def patience(block: float) -> float:
+    """How long to wait for finished blocks that take a worker `block` seconds each. It holds the
+    next one meanwhile, so a third of that keeps it busy even where it is faster than expected."""
+    least, most = PATIENCE
+    return min(max(least, block / 3), most)
+
+
 def sample_on_ray(
     job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
 ) -> tuple[float, float]:
@@ -330,9 +337,9 @@ def sample_on_ray(
         context.raise_original_map_exception = True
         # Blocks are wanted as they finish; their order is in their names.
         context.execution_options.preserve_order = False
-        # Its loop looks for finished blocks ten times a second, for which a core is busy by some
-        # five per cent. A block takes a second or more, and each worker holds the next one.
-        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = PATIENCE
+        # Its loop looks for finished blocks ten times a second, which keeps five per cent of a core
+        # busy; for blocks that take seconds that is too often.
+        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(cost.seconds * todo[0].trajectories)
         board = Board()
         # Ready-made blocks need no task beside the actors, which may take every core there is.
         blocks = ray.data.from_arrow([job.columns(block) for block in todo])

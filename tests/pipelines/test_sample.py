@@ -12,7 +12,7 @@ from gram_core.errors import GramError
 from gram_core.tasks.nqueens import NQueens
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
-from pipelines.sample import sample_run
+from pipelines.sample import patience, sample_run
 from pipelines.train import train_run
 
 TABLE = Path("results/tiny/trajectories.parquet")
@@ -84,6 +84,10 @@ def test_the_wait_that_is_lengthened_is_the_one_that_ray_reads() -> None:
 
     read = executor.process_completed_tasks.__code__.co_names
     assert "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in read
+
+
+def test_workers_of_short_blocks_are_not_kept_waiting() -> None:
+    assert [patience(seconds) for seconds in (0.01, 0.9, 60)] == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_deterministic_twin_gives_one_answer(data: Path) -> None:
