@@ -187,10 +187,10 @@ def run(study: Study, change: dict[str, Any], seed: int) -> dict[str, float]:
 
     test = pl.from_arrow(split.test)
     assert isinstance(test, pl.DataFrame)
-    counts = (
-        test.select("puzzle_id", "solution_count").unique(maintain_order=True).head(study.inputs)
-    )
-    rows = test.unique("puzzle_id", keep="first", maintain_order=True).head(study.inputs)
+    # The table is sorted: the first of its puzzles would be no sample of them.
+    rows = test.unique("puzzle_id", keep="first", maintain_order=True)
+    rows = rows.sample(study.inputs, seed=0, shuffle=True)
+    counts = rows.select("puzzle_id", "solution_count")
     held_out = torch.from_numpy(rows["inputs"].to_numpy().copy())
     sample = load(SampleConfig, {**study.sample, "width": 20, "depth": 4}, "sample")
     sampler = Sampler(model.eval(), task, sample, 1)

@@ -88,7 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     full = middle["full depth"]
     print(f"{run.name}: {total:,} trajectories to depth {depth}, {base.batch} rows, "
           f"{device()}, {threads()} threads, medians of {options.turns} turns\n")  # fmt: skip
-    print("| sampling | seconds | trajectories a second | ratio | steps a trajectory |")
+    # Wanted ones: what is done where a puzzle is answered need not be drawn.
+    print("| sampling | seconds | wanted trajectories a second | ratio | steps a trajectory |")
     print("|---|---|---|---|---|")
     for name, s in middle.items():
         steps = found[name].steps.mean()

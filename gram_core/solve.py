@@ -73,6 +73,8 @@ class Solver:
         `ConfigError` for a setting that cannot be."""
         tokens = self.task.parse(puzzle)
         inputs = torch.from_numpy(tokens)[None]
+        if "depths" in settings:
+            raise ConfigError("solve.depths: an answer is of one depth; use depth")
         changes = {"depths": (), "width": width, **settings}
         config = load(SampleConfig, {**dump(self.sample), **changes}, "solve")
         identifier = torch.tensor([self._identifier(puzzle)], dtype=torch.int32)

@@ -96,8 +96,9 @@ class BlockStore:
             yield pq.read_table(pa.BufferReader(content))
 
     def clear(self) -> None:
-        """Remove this run's blocks, those of other settings too."""
-        storage.remove(self.address)
+        """Remove this run's blocks; on this machine those of other settings too, which elsewhere
+        may be somebody's who is at work."""
+        storage.remove(self.folder if storage.local(self.address) is None else self.address)
 
 
 def _checksum(content: bytes) -> str:

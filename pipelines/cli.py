@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,8 +173,9 @@ def _solve(chosen: argparse.Namespace) -> int:
 
     solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))
     text = chosen.puzzle
-    if "|" not in text and Path(text).is_file():
-        text = Path(text).read_text(errors="replace")
+    with suppress(OSError):  # a long puzzle is no name of a file
+        if "|" not in text and Path(text).is_file():
+            text = Path(text).read_text(errors="replace")
     depth = {"depth": chosen.depth} if chosen.depth else {}
     try:
         answers = solver.solve(text, chosen.width, seed=chosen.seed, **depth)

@@ -186,14 +186,15 @@ def _common(
 def _own(run: Run, seen: _Seen, groups: Sequence[str], config: EvaluateConfig) -> dict[str, float]:
     """What the task measures beside validity, and `token_accuracy` where every input has one known
     answer; of an unconditional task, how different and how new its answers are."""
-    found = measured(pl.concat(seen.selected), config) if seen.selected else {}
+    shares = ("token_accuracy",)
+    found = measured(pl.concat(seen.selected), config, shares) if seen.selected else {}
     if not seen.together:
         return found
     rows = pl.concat(seen.answers)
-    for name, shares in run.task.score(rows, test_table(run.task_name, run.task)).items():
-        if not len(shares):
+    for name, scored in run.task.score(rows, test_table(run.task_name, run.task)).items():
+        if not len(scored):
             continue  # every answer is secret
-        e = ratio(shares, np.ones(len(shares)), config.resamples, config.seed)
+        e = ratio(scored, np.ones(len(scored)), config.resamples, config.seed)
         found[name], found[f"{name}_low"], found[f"{name}_high"] = e.value, e.low, e.high
     if run.task.image is not None:
         answers = torch.from_numpy(tokens(rows).copy())
@@ -220,6 +221,10 @@ def _bounds(
     objective = run.section("objective", ObjectiveConfig)
     pairs = examples(run.task_name, run.task, "test", groups)
     count = min(len(pairs), config.bound_pairs)
+    if count < len(pairs):
+        # The tables are sorted; pairs from all over them, in their order.
+        chosen = np.random.default_rng(config.seed).permutation(len(pairs))[:count]
+        pairs = pairs.take(np.sort(chosen))
     transitions = shape.T if shape.deep_supervision else shape.T * shape.N_sup
     parts: dict[str, list[np.ndarray]] = {}
     size = max(1, POSITIONS // model.length)

@@ -43,11 +43,24 @@ class Run:
         return load(cls, self.entry.get(key, {}), f"{self.where}.{key}")
 
 
+def _tag(event: Any) -> str | None:
+    """The tag that an event of YAML carries, if it does."""
+    tag = getattr(event, "tag", None)
+    return None if tag is None else str(tag)
+
+
 def read_params(path: Path = FILE) -> dict[str, Any]:
     """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags,
     lacks the sections `tasks` or `runs`, or has others than these, `sweeps` and `storage`."""
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text())
+        text = path.read_text()
+        tagged = next((e for e in YAML(typ="safe", pure=True).parse(text) if _tag(e)), None)
+        if tagged is not None:
+            line = tagged.start_mark.line + 1
+            raise ConfigError(
+                f"{path}, line {line}: not valid YAML: tag {_tag(tagged)}, which is not read here"
+            )
+        document = YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -57,6 +70,10 @@ def read_params(path: Path = FILE) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{path}{line}: not valid YAML: {' '.join(problem.split())}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a date or number that is none; a deep nest
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path}: expected the sections 'tasks' and 'runs', got {document!r}")
     for key in document:

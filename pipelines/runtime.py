@@ -4,6 +4,7 @@ Imports nothing heavy at the top, because `entry` may start Python again with th
 must be there before torch is: on a virtual machine the allocator decides the speed (docs).
 """
 
+import errno
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ ALLOCATOR = {
 # worker of Ray computes on a thread beside the main one, each with a team: unless it is told to be
 # active, every small operation there waits for a thread to wake (docs/performance.md).
 PATIENT = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
+# What writing to a disk fails by that a user can mend.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -86,6 +89,10 @@ def _told(main: Callable[[Sequence[str]], int | None]) -> int:
         return main(sys.argv[1:]) or 0
     except GramError as error:
         return fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return fail(f"{error.filename or 'disk'}: {error.strerror}")
 
 
 def fail(message: str, code: int = 1) -> int:

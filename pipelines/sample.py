@@ -43,6 +43,7 @@ SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
 TELL = 2.0  # seconds between two signs of life of a worker
+RETRIES = 16  # of a block whose workers die
 PATIENCE = (0.1, 0.5)  # seconds that Ray Data's loop waits for blocks: its own, and at most
 
 
@@ -311,7 +312,7 @@ def sample_on_ray(
     job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
 ) -> tuple[float, float]:
     """Finish the blocks on a pool of Ray Data's actors, which grows and shrinks within its
-    bounds. A block whose worker dies is begun again on another. With `apart`, the
+    bounds. A block whose worker dies is begun again on another, `RETRIES` times. With `apart`, the
     workers put finished blocks where they belong by themselves. Returns the seconds that passed
     from the asking for workers on, and the seconds that workers spent on blocks."""
     import ray
@@ -355,6 +356,7 @@ def sample_on_ray(
             num_cpus=cores,
             num_gpus=gpus,
             batch_size=None,
+            max_task_retries=RETRIES,
         )  # fmt: skip
         start, busy = time.perf_counter(), 0.0
         try:
@@ -368,6 +370,11 @@ def sample_on_ray(
             cause = getattr(error, "cause", None)
             if isinstance(cause, GramError):
                 raise cause from None
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise GramError(
+                    f"sample {job.name}: the workers of a block died {RETRIES + 1} times; is there "
+                    "too little memory for sample.batch? What is finished is kept"
+                ) from error
             raise
         wall = time.perf_counter() - start
     say(f"sample {job.name}: {wall:.1f} s, {1 - busy / most / wall:.0%} of it Ray's")

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from gram_core.errors import GramError
-from pipelines.storage import shown
+from pipelines.storage import secret, shown
 
 CACHE = Path(".gram") / "sources"
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
@@ -27,12 +27,12 @@ def fetch(source: str) -> Path:
         if not path.is_file():
             raise SourceError(f"{source}: no such file")
         return path
-    if scheme == "hf":
-        return _from_hub(source)
-    if "@" in source.partition("://")[2].partition("/")[0] and scheme != "hf":
+    if secret(source):
         raise SourceError(
             f"{shown(source)}: an address must not hold credentials; put them into the environment"
         )
+    if scheme == "hf":
+        return _from_hub(source)
     if scheme not in ("s3", "https", "http"):
         raise SourceError(
             f"{source}: cannot read {scheme}://; use a path, s3://, https:// or hf://"

@@ -19,6 +19,9 @@ from gram_core.files import write_atomic
 # Bounds of trying again, with growing pauses: a server may be away for half a minute or so.
 ATTEMPTS = 8
 CONNECT_SECONDS, READ_SECONDS = 5, 60
+SECRET = re.compile(
+    r"(?i)(?:^|[&;_-])(?:sig|signature|token|credential|password|secret|key|apikey|auth)="
+)
 S3 = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]+)(?:/(?P<key>.*))?")
 
 
@@ -44,9 +47,25 @@ class StorageConfig(Config, frozen=True, kw_only=True):
                 check(address)
 
 
+def secret(address: str) -> bool:
+    """Whether an address holds what may be a credential: a user before an @, a secret behind a
+    colon (it may contain slashes), a signature or token among the parameters of a URL."""
+    rest, _, query = address.partition("://")[2].partition("?")
+    authority = rest.partition("/")[0]
+    _, colon, port = authority.partition(":")
+    return "@" in authority or bool(colon and not port.isdecimal()) or bool(SECRET.search(query))
+
+
 def shown(address: str) -> str:
     """An address fit for a message: without what may be a credential."""
-    return re.sub(r"//[^/@]*@", "//", address)
+    if not secret(address):
+        return address
+    plain = address.partition("?")[0]
+    if not secret(plain):
+        return f"{plain}?..."
+    scheme, _, rest = plain.partition("://")
+    _, at, behind = rest.rpartition("@")
+    return f"{scheme}://...{at}{behind if at else ''}"
 
 
 def check(address: str) -> str:
@@ -55,7 +74,7 @@ def check(address: str) -> str:
     scheme = address.partition("://")[0] if "://" in address else "file"
     if scheme not in ("file", "s3"):
         raise StorageError(f"{shown(address)}: cannot use {scheme}://; use a path or s3://")
-    if "@" in address.partition("://")[2].partition("/")[0]:
+    if secret(address):
         raise StorageError(
             f"{shown(address)}: an address must not hold credentials; put them into the "
             "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the AWS files"
@@ -157,6 +176,7 @@ def _bucket(address: str) -> None:
 @contextmanager
 def _explained(address: str) -> Iterator[None]:
     """Turn what the libraries raise into one line about `address`."""
+    from aiohttp import ClientError as CutShort
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
     from fsspec.exceptions import FSTimeoutError
 
@@ -170,6 +190,6 @@ def _explained(address: str) -> Iterator[None]:
             f"{address}: access refused; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the "
             "AWS files, and what they may do"
         ) from None
-    except (OSError, BotoCoreError, ClientError, FSTimeoutError) as error:
+    except (OSError, BotoCoreError, ClientError, CutShort, FSTimeoutError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise StorageError(f"{address}: {reason}") from None

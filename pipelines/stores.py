@@ -49,8 +49,9 @@ def kept(message: Any, store: FolderStore) -> bool:
 
 
 class ObjectStore:
-    """Checkpoints below an s3:// address. `meta.json` goes last and holds the checksums of the
-    other files: a checkpoint without it is half-written and never read."""
+    """Checkpoints below an s3:// address, which is of one run with one set of settings: others may
+    be at work beside it. `meta.json` goes last and holds the checksums of all files: a checkpoint
+    without it is half-written and never read."""
 
     def __init__(self, address: str) -> None:
         self.address = address

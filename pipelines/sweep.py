@@ -144,12 +144,14 @@ def sweep(name: str, *, resume: bool = False) -> int:
             {"cpu": config.cpus, "gpu": float(has_gpus()) if config.gpus is None else config.gpus},
         )
         there = SETTINGS in storage.names(place)
-        if resume and there:
-            if storage.read(storage.join(place, SETTINGS)).decode() != settings:
-                raise GramError(
-                    f"sweep {name}: its settings or its data have changed since it began at "
-                    f"{place}; run it without --resume to begin anew"
-                )
+        if resume and there and storage.read(storage.join(place, SETTINGS)).decode() != settings:
+            raise GramError(
+                f"sweep {name}: its settings or its data have changed since it began at "
+                f"{place}; run it without --resume to begin anew"
+            )
+        # One that was killed before Tune began has nothing to go on with.
+        begun = there and tune.Tuner.can_restore(f"{folder}/run", storage_filesystem=filesystem)
+        if resume and begun:
             tuner = tune.Tuner.restore(
                 f"{folder}/run",
                 function,
@@ -159,7 +161,7 @@ def sweep(name: str, *, resume: bool = False) -> int:
                 storage_filesystem=filesystem,
             )
         else:
-            if there:
+            if there and not resume:
                 say(f"sweep {name}: begins anew; --resume would go on with what is at {place}")
             storage.remove(place)
             storage.write(storage.join(place, SETTINGS), settings.encode())
@@ -223,9 +225,8 @@ def _tuner(name: str, function: Any, config: SweepConfig, filesystem: Any, folde
     most = config.concurrent or 0
     if config.search == "optuna":
         from ray.tune.search import ConcurrencyLimiter
-        from ray.tune.search.optuna import OptunaSearch
 
-        search: Any = OptunaSearch(seed=config.seed)
+        search: Any = _optuna(config.seed)
         if most:
             search = ConcurrencyLimiter(search, max_concurrent=most)
     else:
@@ -258,6 +259,18 @@ def _tuner(name: str, function: Any, config: SweepConfig, filesystem: Any, folde
             ),
         ),
     )
+
+
+def _optuna(seed: int) -> Any:
+    """Optuna's search, which by itself fails on a report without the metric."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    class Search(OptunaSearch):
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            if self.metric in result:
+                super().on_trial_result(trial_id, result)
+
+    return Search(seed=seed)
 
 
 def _scheduler(config: SweepConfig) -> Any:
@@ -306,13 +319,12 @@ def trials_table(name: str, grid: Any) -> pa.Table:
     rows: list[dict[str, Any]] = []
     # A sweep that was resumed lists the trials that it went on with first.
     for number, result in enumerate(sorted(grid, key=_begun)):
-        values = {key: json.dumps(value) for key, value in (result.config or {}).items()}
+        values = dict(result.config or {})
         common = {
             "sweep": name,
             "trial": f"{name}_{number:05d}",
             "number": number,
             "state": "ERROR" if result.error else "TERMINATED",
-            "params": list(values.items()),
         }
         frame = result.metrics_dataframe
         reports = {} if frame is None else {int(r["step"]): r for r in frame.to_dict("records")}
@@ -321,7 +333,16 @@ def trials_table(name: str, grid: Any) -> pa.Table:
             # A column of the frame has a gap where a term did not occur.
             metrics = [(k, v) for k, v in told.items() if not math.isnan(v)]
             seconds = float(report["time_total_s"])
-            rows.append({**common, "step": step, "seconds": seconds, "metrics": metrics})
+            # Those of the time of the report: PBT changes a trial's values on its way.
+            then = {key: report.get(f"config/{key}", value) for key, value in values.items()}
+            own = {"params": _texts(then), "step": step, "seconds": seconds, "metrics": metrics}
+            rows.append({**common, **own})
         if not reports:
-            rows.append({**common, "step": 0, "seconds": 0.0, "metrics": []})
+            none: dict[str, Any] = {"step": 0, "seconds": 0.0, "metrics": []}
+            rows.append({**common, "params": _texts(values), **none})
     return pa.Table.from_pylist(rows, schema=tables.trials_schema())
+
+
+def _texts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Values as JSON, numbers of a data frame among them."""
+    return [(k, json.dumps(v.item() if hasattr(v, "item") else v)) for k, v in values.items()]

@@ -90,6 +90,10 @@ class Job:
                 f"{run.where}.train.prior_slots: 0 leaves the halt and value heads nothing to "
                 "learn from; use a share above 0, or objective.heads_on: posterior"
             )
+        try:
+            job.train.prior_rows(job.model)
+        except ConfigError as error:
+            raise ConfigError(f"{run.where}.train: {error}") from None
         return job
 
 
@@ -139,22 +143,30 @@ def work(
 
 def fingerprint(job: Job, examples: Examples) -> str:
     """Identifies all that the result of training depends on, but for code and machine."""
+    digest = _settings(job)
+    for tensor in (examples.inputs, examples.target, examples.puzzle):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _settings(job: Job) -> Any:
+    """A digest begun with the settings that the result depends on."""
     settings = {name: dump(getattr(job, name)) for name in ("model", "objective", "train")}
     for name in SPREAD:
         del settings["train"][name]
     digest = hashlib.sha256()
     for part in (*settings.values(), dump(job.task.config), GENERATOR):
         digest.update(json.dumps(part, sort_keys=True).encode())
-    for tensor in (examples.inputs, examples.target, examples.puzzle):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    return digest
 
 
-def checkpoint_store(run: str, place: StorageConfig) -> FolderStore | ObjectStore:
-    """Where the checkpoints of a run lie in the end."""
+def checkpoint_store(job: Job, place: StorageConfig) -> FolderStore | ObjectStore:
+    """Where the checkpoints of a run lie in the end. One prefix may serve several checkouts and
+    experiments at once, so there the settings have folders of their own."""
     if place.checkpoints:
-        return ObjectStore(storage.join(place.checkpoints, run))
-    return FolderStore(WORK / "checkpoints" / run)
+        key = _settings(job).hexdigest()[:16]
+        return ObjectStore(storage.join(place.checkpoints, job.name, key))
+    return FolderStore(WORK / "checkpoints" / job.name)
 
 
 def train_here(job: Job, place: StorageConfig, report: Report) -> Trained:
@@ -163,7 +175,7 @@ def train_here(job: Job, place: StorageConfig, report: Report) -> Trained:
     module = build_module(job, device_name())
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
     rows = examples(job.data, job.task, "train", job.identifiers)
-    return work(engine, job, rows, checkpoint_store(job.name, place), report)
+    return work(engine, job, rows, checkpoint_store(job, place), report)
 
 
 def ray_worker(config: dict[str, Any]) -> Trained:
@@ -176,7 +188,8 @@ def ray_worker(config: dict[str, Any]) -> Trained:
     torch.set_num_threads(config["cores"])
     engine = DeepSpeedEngine(build_module(job, device_name()), job.train)
     board: Board = config["board"]
-    report: Report = board.post if engine.rank == 0 else lambda row: None
+    # Asked, not posted: where the driver cannot write the row, training ends.
+    report: Report = board.ask if engine.rank == 0 else lambda row: None
     store: Store = config["store"] or DriverStore(board, ray.get(config["found"]))
     if isinstance(config["examples"], str):
         with published(config["examples"]) as folder:
@@ -198,7 +211,7 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
         rows = publish(job.data, place.datasets)
     else:
         rows = examples(job.data, job.task, "train", job.identifiers)
-    store = checkpoint_store(job.name, place)
+    store = checkpoint_store(job, place)
     with cluster():
         # Asked once: a cluster that has just lost its GPU node gets it back, or waits for it.
         on_gpu = has_gpus()
@@ -304,10 +317,13 @@ class Progress:
         shown = {k: row[k] for k in ("reconstruction", "kl", "prior_valid") if k in row}
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
         self.live.step = int(row["step"])
-        for name, value in row.items():
-            if name != "step":
-                self.live.log_metric(name, value, timestamp=False)
-        self.live.make_summary()
+        try:
+            for name, value in row.items():
+                if name != "step":
+                    self.live.log_metric(name, value, timestamp=False)
+            self.live.make_summary()
+        except OSError as error:
+            raise GramError(f"{self.live.dir}: not written: {error.strerror}") from None
 
     def __exit__(
         self,
@@ -334,7 +350,7 @@ def train_run(run: Run) -> dict[str, float]:
         trained = how(job, place, progress)
     seconds = time.monotonic() - start
     found = _write(job, trained, seconds)
-    checkpoint_store(run.name, place).clear()
+    checkpoint_store(job, place).clear()
     return found
 
 

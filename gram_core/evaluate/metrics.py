@@ -4,7 +4,8 @@
 those to numbers with 95% intervals over puzzles. Width N means the first N trajectories.
 
 Every metric is a ratio of two sums over puzzles. Intervals: Wilson's for a share of puzzles that
-each count as 0 or 1, a percentile bootstrap over puzzles for the others.
+each count as 0 or 1, a percentile bootstrap over puzzles for the others, which are no shares or
+count puzzles in part.
 """
 
 import math
@@ -22,8 +23,9 @@ from gram_core.config import Config, NonNegativeInt, PositiveInt
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
     """Which widths to report, the bootstrap of the intervals, how many test pairs the bounds are
-    over at most, and for images how long the classifier that scores them is trained and the
-    weights of Inception-v3, `download` or a file, if that shall score them too."""
+    over at most (drawn by the seed where there are more), and for images how long the classifier
+    that scores them is trained and the weights of Inception-v3, `download` or a file, if that shall
+    score them too."""
 
     widths: tuple[PositiveInt, ...] = (1, 5, 10, 20)
     bound_pairs: PositiveInt = 5000
@@ -37,6 +39,7 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
 MAJORITY = ("votes", "-trajectory")
 VALUE = ("value", "-trajectory")
 FIRST_HALT = ("halted", "-steps", "value", "-trajectory")
+CELLS = 2**23  # numbers of resamples in memory at a time, beside their compact counts
 
 
 def puzzle_table(
@@ -111,19 +114,37 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
 @lru_cache(maxsize=4)
 def _bootstrap_weights(count: int, resamples: int, seed: int) -> np.ndarray:
     """How often each of `count` puzzles is drawn in each resample; every metric uses the same."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    generator = np.random.default_rng(seed)
+    shares = np.full(count, 1 / count)
+    # One resample at a time and a byte a number, for a draw of all takes eight. No puzzle is drawn
+    # 256 times: among that many and more, each is drawn once on average.
+    weights = np.empty((resamples, count), dtype=np.uint8)
+    for row in weights:
+        row[:] = generator.multinomial(count, shares)
+    return weights
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int) -> Estimate:
-    """sum(numerator) / sum(denominator) over puzzles, with its interval."""
+def _resampled(column: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums of a column over the puzzles of each resample, some resamples at a time."""
+    weights = _bootstrap_weights(len(column), resamples, seed)
+    size = max(1, CELLS // len(column))
+    parts = [weights[i : i + size].astype(float) @ column for i in range(0, resamples, size)]
+    return np.concatenate(parts)
+
+
+def ratio(
+    numerator: np.ndarray, denominator: np.ndarray, resamples: int, seed: int, *, share: bool = True
+) -> Estimate:
+    """sum(numerator) / sum(denominator) over puzzles, with its interval. Without `share` it is no
+    share, which happens to be 0 or 1 for every puzzle, but a mean of other numbers."""
     count = len(numerator)
     value = float(numerator.sum() / denominator.sum())
-    if (denominator == 1).all() and np.isin(numerator, (0.0, 1.0)).all():
+    if share and (denominator == 1).all() and np.isin(numerator, (0.0, 1.0)).all():
         return Estimate(value, *wilson(float(numerator.sum()), count))
-    weights = _bootstrap_weights(count, resamples, seed)
-    below = weights @ denominator
+    below = _resampled(denominator, resamples, seed)
+    above = _resampled(numerator, resamples, seed)
     # A resample may miss every puzzle that the ratio is over.
-    draws = np.divide(weights @ numerator, below, out=np.full(resamples, value), where=below > 0)
+    draws = np.divide(above, below, out=np.full(resamples, value), where=below > 0)
     low, high = np.quantile(draws, (0.025, 0.975))
     return Estimate(value, float(low), float(high))
 
@@ -147,8 +168,8 @@ def summarise(
     def column(name: str) -> np.ndarray:
         return rows[name].cast(pl.Float64).to_numpy()
 
-    def estimate(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-        return ratio(numerator, denominator, config.resamples, config.seed)
+    def estimate(numerator: np.ndarray, denominator: np.ndarray, *, share: bool = True) -> Estimate:
+        return ratio(numerator, denominator, config.resamples, config.seed, share=share)
 
     accuracy = estimate(column("accuracy"), one)
     if len(rows) == 1:
@@ -161,8 +182,8 @@ def summarise(
         "best_of_value": estimate(column("selected_value"), one),
         "first_halt": estimate(column("selected_first_halt"), one),
         "best_of_verifier": estimate((column("valid_count") > 0).astype(float), one),
-        "distinct": estimate(column("distinct"), one),
-        "steps": estimate(column("mean_steps"), one),
+        "distinct": estimate(column("distinct"), one, share=False),
+        "steps": estimate(column("mean_steps"), one, share=False),
     }
     solutions, found = column("solution_count"), column("distinct_valid")
     if (solutions > 0).all():
@@ -217,15 +238,18 @@ def selected(
     return table
 
 
-def measured(puzzles: pl.DataFrame, config: EvaluateConfig) -> dict[str, float]:
+def measured(
+    puzzles: pl.DataFrame, config: EvaluateConfig, shares: Sequence[str] = ()
+) -> dict[str, float]:
     """The columns of what `selected` gave, for all puzzles, as means with intervals; `..._total`
-    are their sums over the puzzles."""
+    are their sums over the puzzles. `shares` are the names whose numbers lie between 0 and 1."""
     flat: dict[str, float] = {}
     table = puzzles.sort("puzzle_id")
     for key in table.columns[1:]:
         numbers = table[key].cast(pl.Float64).to_numpy()
-        e = ratio(numbers, np.ones(len(numbers)), config.resamples, config.seed)
         label, _, width = key.partition("@")
+        share = any(label in (n, f"{n}_majority", f"{n}_value") for n in shares)
+        e = ratio(numbers, np.ones(len(numbers)), config.resamples, config.seed, share=share)
         flat[key], flat[f"{key}_low"], flat[f"{key}_high"] = e.value, e.low, e.high
         flat[f"{label}_total" + (f"@{width}" if width else "")] = float(numbers.sum())
     return flat
@@ -259,7 +283,7 @@ def by_solution_count(
     puzzles: pl.DataFrame, width: int, depth: int, config: EvaluateConfig
 ) -> pl.DataFrame:
     """Accuracy, any-valid and coverage for each number of solutions (Figures 4 and 15), with the
-    number of puzzles and the intervals."""
+    number of puzzles and the intervals, null over a single puzzle."""
     at = puzzles.filter((pl.col("width") == width) & (pl.col("depth") == depth))
     records = []
     for (count,), rows in sorted(at.group_by("solution_count"), key=lambda group: group[0]):
@@ -267,6 +291,8 @@ def by_solution_count(
         for name in ("accuracy", "any_valid", "coverage"):
             if name in found:
                 e = found[name]
-                records.append((count, len(rows), name, e.value, e.low, e.high))
-    columns = ["solution_count", "puzzles", "metric", "value", "low", "high"]
-    return pl.DataFrame(records, schema=columns, orient="row")
+                bounds = (e.low, e.high) if len(rows) > 1 else (None, None)
+                records.append((count, len(rows), name, e.value, *bounds))
+    interval = dict.fromkeys(("value", "low", "high"), pl.Float64)
+    schema = {"solution_count": pl.UInt32, "puzzles": pl.UInt32, "metric": pl.String, **interval}
+    return pl.DataFrame(records, schema=schema, orient="row")

@@ -1,9 +1,11 @@
 """A task of one's own: rows of inputs and targets from Parquet, and a rule that says what is valid.
 
 Tables have the columns `inputs` and `target`, lists of `length` token numbers below `vocab`;
-token 0 is padding, never scored in a target. The verifier is a function named by its import path,
-`package.module:function`, from uint8 arrays inputs and answers [B, S] to bool [B]; without one an
-answer is valid where it equals a known target of its input. docs/tasks.md has an example.
+token 0 is padding, which an input may hold and a target may not: no loss falls on it, so a model
+would never learn where an answer ends, and no two answers would be alike. The verifier is a
+function named by its import path, `package.module:function`, from uint8 arrays inputs and answers
+[B, S] to bool [B]; without one an answer is valid where it equals a known target of its input.
+docs/tasks.md has an example.
 """
 
 import importlib
@@ -92,6 +94,12 @@ class Table(Task):
         if rows.is_empty():
             raise TaskError(f"{name}: the table has no rows")
         inputs, target = (self._tokens(rows, column, name) for column in ("inputs", "target"))
+        padded = (target == 0).any(1)
+        if padded.any():
+            raise TaskError(
+                f"{name}: target of row {int(padded.argmax()) + 1} has token 0, padding, which is "
+                "never learned; fill up answers with a token of their own"
+            )
         if self._rule is not None:
             valid = self._apply(inputs, target)
             if not valid.all():

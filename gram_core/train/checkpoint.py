@@ -1,10 +1,10 @@
 """Checkpoints of a run in progress: all that makes a killed run go on as if it had not been.
 
 A checkpoint is a few named files: weights, optimiser, averaged weights, the slots of the whole run
-and `meta.json` (iteration, history, fingerprint of the run, checksums of the other files). None of
-them says how many workers made it, so any number of workers can go on from it. Random numbers need
-no state: noise and order are functions of the iteration. Tensors are safetensors; nothing is
-unpickled here. Where the files lie is a store's affair.
+and `meta.json` (iteration, history, fingerprint of the run, checksums of all files). None of them
+says how many workers made it, so any number of workers can go on from it. Random numbers need no
+state: noise and order are functions of the iteration. Tensors are safetensors; nothing is unpickled
+here. Where the files lie is a store's affair.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from gram_core.train.ema import EMA
 from gram_core.train.engine import Engine, state_with
 from gram_core.train.slots import Slots
 
-VERSION = 2
+VERSION = 3
 META = "meta.json"
 # What reading a damaged file raises, by the part that is damaged.
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError, TypeError)
@@ -149,7 +149,7 @@ class Checkpoints:
                 "sha256": {name: _checksum(content) for name, content in files.items()},
                 **vars(progress),
             }
-            files[META] = json.dumps(meta).encode()
+            files[META] = json.dumps({**meta, "own": _checksum(_bytes(meta))}).encode()
             self.store.write(f"step-{progress.iteration:07d}", files)
         engine.barrier()
 
@@ -163,7 +163,9 @@ class Checkpoints:
         if found is None:
             return Progress()
         try:
-            meta = json.loads(found.files[META])
+            meta = dict(json.loads(found.files[META]))
+            if meta["version"] == VERSION and meta.pop("own") != _checksum(_bytes(meta)):
+                raise ValueError(f"{META} does not match its checksum")
             if meta["version"] != VERSION or meta["fingerprint"] != self.fingerprint:
                 return Progress()
             tensors = {}
@@ -187,6 +189,11 @@ class Checkpoints:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _bytes(meta: Mapping[str, Any]) -> bytes:
+    """What the checksum of `meta.json` itself is over."""
+    return json.dumps(meta, sort_keys=True).encode()
 
 
 def _checksum(content: bytes) -> str:

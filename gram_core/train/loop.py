@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 
-from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
+from gram_core.config import Config, ConfigError, Fraction, NonNegativeInt, PositiveInt
 from gram_core.errors import GramError
 from gram_core.model.gram import ModelConfig
 from gram_core.noise import training_noise
@@ -94,11 +94,19 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         return self.accumulate == 1 and self.zero_stage == 0
 
     def prior_rows(self, model: ModelConfig) -> int:
-        """P: slots of one part that follow the prior throughout."""
-        slots = self.batch // self.parts
+        """P: slots of one part that follow the prior throughout. Raises `ConfigError` where the
+        parts cannot hold equally many: who shares the work would say what is learned."""
         if model.guidance == "none" or self.prior_slots == 0:
             return 0
-        return min(slots - 1, max(1, round(self.prior_slots * slots)))
+        rows = min(self.batch - 1, max(1, round(self.prior_slots * self.batch)))
+        if rows % self.parts:
+            raise ConfigError(
+                f"batch {self.batch} has {rows} slots that follow the prior (prior_slots "
+                f"{self.prior_slots:g}), which workers {self.workers} times accumulate "
+                f"{self.accumulate} cannot share out evenly; use a batch of which "
+                f"{self.prior_slots:g} is a multiple of {self.parts}, or fewer parts"
+            )
+        return rows // self.parts
 
 
 class TrainingError(GramError):

@@ -36,7 +36,7 @@ class Share:
     def numbers(self, count: int) -> np.ndarray:
         """The numbers of this worker's slots among `count`, part by part. Part q of all G takes
         q, q + G, q + 2G ...: each holds the same share of the slots that follow the prior, which
-        are the first ones, and of every depth."""
+        are the first ones (`TrainConfig.prior_rows` sees to it that there is one)."""
         parts = self.world * self.parts
         first = self.rank * self.parts
         return np.arange(count).reshape(-1, parts).T[first : first + self.parts].reshape(-1)

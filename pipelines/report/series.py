@@ -32,13 +32,13 @@ def results(runs: Sequence[RunInputs]) -> pl.DataFrame:
 
 def training(runs: Sequence[RunInputs]) -> pl.DataFrame:
     """run, path, term, step, value. The path is `posterior` (it sees the answer) or `prior` (as
-    at inference); a model without guidance only has the latter."""
+    at inference); a model without guidance only has the latter, whose terms are over slots at the
+    end of their trajectories (its loss is over all slots)."""
     frames = []
     for run in runs:
-        names = {name: ("posterior" if run.guided else "prior", name) for name in SHARED_TERMS}
-        names |= {f"prior_{name}": ("prior", name) for name in (*SHARED_TERMS, "valid")}
+        names = {f"prior_{name}": ("prior", name) for name in (*SHARED_TERMS, "valid")}
         if run.guided:
-            names["kl"] = ("posterior", "kl")
+            names |= {name: ("posterior", name) for name in (*SHARED_TERMS, "kl")}
         for column, (path, term) in names.items():
             if column in run.history.columns:
                 frames.append(

@@ -126,7 +126,7 @@ def test_a_deterministic_model_has_one_answer(tmp_path, make_model):
 @pytest.mark.parametrize(
     ("settings", "key"),
     [({"depth": 0}, "depth"), ({"batch": 0}, "batch"), ({"width": -1}, "width"),
-     ({"depth": "3"}, "depth"), ({"widht": 3}, "width")],
+     ({"depth": "3"}, "depth"), ({"depths": [2]}, "of one depth"), ({"widht": 3}, "width")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(folder, settings, key):
     with pytest.raises(ConfigError, match=key):

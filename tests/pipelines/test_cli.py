@@ -108,6 +108,11 @@ def test_solve_refuses_a_malformed_board(
     assert words in line
 
 
+def test_a_long_puzzle_is_no_name_of_a_file(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solve", "tiny", ".....\n" * 100]) == 2
+    assert capsys.readouterr().err.startswith("error: puzzle: ")
+
+
 def test_info_names_model_and_metrics(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "tiny"]) == 0
     out = capsys.readouterr().out

@@ -52,6 +52,7 @@ def test_two_nodes_train_sample_and_sweep_without_the_drivers_disk(
     document = params(
         runs__tiny__train__engine="deepspeed",
         runs__tiny__train__workers=2,
+        runs__tiny__train__prior_slots=0.25,
         runs__tiny__train__cores=1,
         runs__tiny__sample__concurrency=2,
         runs__tiny__sample__cores=1,

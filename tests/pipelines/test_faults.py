@@ -25,7 +25,10 @@ from workspace import child_environment, contents, make_data, params, write_para
 
 from gram_core import tables
 from gram_core.errors import GramError
+from gram_core.sample.trajectory import SampleConfig
 from gram_core.train.checkpoint import FolderStore
+from pipelines.blocks import cut
+from pipelines.dataset import held_out
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
 from pipelines.sample import sample_run
@@ -94,6 +97,25 @@ def test_sampling_survives_five_killed_workers(data: Path) -> None:
     assert there["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_block_that_always_kills_its_worker_ends_with_one_line(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that needs more memory than there is."""
+    from pipelines import sample
+
+    monkeypatch.setattr(sample, "RETRIES", 2)
+    write_params(params(runs__tiny__sample__width=200, runs__tiny__sample__concurrency=1))
+    with (
+        killing("ray::MapWorker(MapBatches(Sampler)).submit", 100, lambda: True) as killed,
+        pytest.raises(GramError, match="the workers of a block died 3 times") as error,
+    ):
+        sample_run(load_run("tiny"))
+    assert len(killed) >= 3
+    assert "\n" not in str(error.value)
+
+
 def test_a_killed_sampling_run_keeps_the_blocks_it_had(whole: Path) -> None:
     write_params(params(runs__tiny__sample__width=40, runs__tiny__sample__depth=12))
     sample_run(load_run("tiny"))
@@ -109,13 +131,17 @@ def test_a_killed_sampling_run_keeps_the_blocks_it_had(whole: Path) -> None:
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not TABLE.exists()
-    blocks = {path: path.stat().st_mtime_ns for path in folder.rglob("block-*.parquet")}
+    kept = {int(path.name[6:12]) for path in folder.rglob("block-*.parquet")}
     done = subprocess.run(
         [sys.executable, "-m", "stages.sample", "tiny"],
         env=child_environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "found finished" in done.stderr
-    assert blocks
+    run = load_run("tiny")
+    puzzles, _ = held_out(run.task_name, run.task, [])
+    blocks = cut(len(puzzles.ids), run.section("sample", SampleConfig))
+    found = sum(block.trajectories for block in blocks if block.number in kept)
+    assert 0 < found < 40 * len(puzzles.ids)
+    assert f"{found:,} of {40 * len(puzzles.ids):,} trajectories found finished" in done.stderr
     assert pl.read_parquet(TABLE).equals(calm)
     assert not folder.exists()
 
@@ -272,6 +298,40 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert outcome() == calm
 
 
+@pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
+@pytest.mark.parametrize(
+    "engine", ["plain", pytest.param("deepspeed", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+def test_a_disk_full_of_logged_rows_is_one_line(data: Path, engine: str) -> None:
+    """Rows are written more often than checkpoints, and to another place."""
+    write_params(params(runs__tiny__train__engine=engine))
+    with small_disk(Path("models").absolute(), 10 * 4096):  # ten files at most
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.train", "tiny"],
+            env=child_environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert lines == ["error: models/tiny/live: not written: No space left on device"]
+        assert "Traceback" not in done.stderr
+        assert not Path("models/tiny/model.safetensors").exists()
+
+
+@pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
+def test_a_disk_full_of_tables_is_one_line(folder: Path) -> None:
+    write_params(params())
+    with small_disk(Path("data").absolute(), 4096):
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.generate", "queens"],
+            env=child_environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and "No space left on device" in last
+        assert not list(Path("data").rglob("*.parquet"))
+
+
 class Bomb:
     """Leaves a file behind where it is unpickled."""
 
@@ -319,6 +379,8 @@ def test_a_checkpoint_from_an_untrusted_place_is_refused(
     (folder / f"{part}.safetensors").write_bytes(content)
     # Whoever can write the file can write its checksum too.
     meta["sha256"][f"{part}.safetensors"] = hashlib.sha256(content).hexdigest()
+    del meta["own"]
+    meta["own"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     # A torch file beside them is no part of a checkpoint and is never opened.
     (folder / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(Bomb()))
@@ -332,12 +394,29 @@ def test_yaml_that_makes_objects_is_refused(folder: Path) -> None:
     for text in (
         "tasks: !!python/object/apply:pathlib.Path.touch [exploded]\nruns: {}\n",
         "tasks: {a: !evil {}}\nruns: {a: {task: a}}\n",
+        "tasks: {a: !!set {b, c}}\nruns: {a: {task: a}}\n",
+        "tasks: {a: {kind: !!str nqueens}}\nruns: {a: {task: a}}\n",
+        "tasks: {a: !!int x}\nruns: {a: {task: a}}\n",
     ):
         Path("params.yaml").write_text(text)
-        with pytest.raises(GramError, match=r"^params\.yaml, line 1: not valid YAML") as caught:
+        with pytest.raises(
+            GramError, match=r"^params\.yaml, line 1: not valid YAML: tag .*not"
+        ) as caught:
             load_run("a")
         assert "\n" not in str(caught.value)
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tasks: 2024-13-45\n", f"tasks: {'9' * 5000}\n", f"tasks: {'[' * 2000}\n"],
+    ids=["no date", "a long number", "a deep nest"],
+)
+def test_yaml_that_its_reader_fails_on_is_one_line(folder: Path, text: str) -> None:
+    Path("params.yaml").write_text(text)
+    with pytest.raises(GramError, match=r"^params\.yaml.*: not valid YAML: ") as caught:
+        load_run("a")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../outside", "a\nb", ""])

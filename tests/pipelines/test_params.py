@@ -52,6 +52,14 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "plain with workers": (params(runs__tiny__train__workers=2), ("plain", "workers: 1")),
     "heads without slots": (params(runs__tiny__train__prior_slots=0.0), ("prior_slots", "heads")),
+    "prior slots over workers": (
+        params(
+            runs__tiny__train__batch=16,
+            runs__tiny__train__workers=4,
+            runs__tiny__train__engine="deepspeed",
+        ),
+        ("runs.tiny.train", "slots that follow the prior", "fewer parts"),
+    ),
     "kl under the prior": (params(runs__tiny__objective__kl="every"), ("kl: every", "rollout")),
     "width over what is drawn": (
         params(runs__tiny__evaluate__widths=[1, 9]),

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import sources
 from pipelines.sources import SourceError, fetch
+from pipelines.storage import secret, shown
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CSV = b"source,question,answer,rating\n"
@@ -88,6 +89,28 @@ def test_an_address_that_cannot_be_reached_is_named(server: str) -> None:
         fetch("http://127.0.0.1:9/x.csv")
     with pytest.raises(SourceError, match="cannot read ftp://"):
         fetch("ftp://somewhere/x.csv")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://me:HUSH@host/x.csv", "s3://KEY:a/HUSH@bucket/x", "s3://KEY:HUSH/bucket/x",
+        "https://host/x.csv?X-Amz-Credential=KEY&X-Amz-Signature=HUSH", "https://h/x?token=HUSH",
+    ],
+)  # fmt: skip
+def test_an_address_with_a_credential_is_refused_and_not_repeated(source: str) -> None:
+    """What a task is made from is written beside its tables."""
+    with pytest.raises(SourceError, match="must not hold credentials") as caught:
+        fetch(source)
+    assert "HUSH" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://host:8080/a@b", "hf://datasets/o/n@v1/x", "s3://b/x", "https://h/x?page=2"]
+)
+def test_plain_addresses_are_shown_as_they_are(address: str) -> None:
+    assert not secret(address)
+    assert shown(address) == address
 
 
 def test_the_hub(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from s3 import FaultProxy, S3Server
 from workspace import PARAMS, child_environment, contents, make_data, params, write_params
@@ -15,12 +16,13 @@ from workspace import PARAMS, child_environment, contents, make_data, params, wr
 from gram_core.errors import GramError
 from gram_core.train.checkpoint import META, CheckpointError, Found
 from pipelines import storage
+from pipelines.blocks import Block, BlockStore, packed
 from pipelines.dataset import publish, published
-from pipelines.params import load_run, load_storage
+from pipelines.params import load_run, load_storage, run_of
 from pipelines.sample import sample_run
-from pipelines.storage import StorageError
+from pipelines.storage import StorageConfig, StorageError
 from pipelines.stores import ObjectStore
-from pipelines.train import train_run
+from pipelines.train import Job, checkpoint_store, train_run
 
 BUCKET = "place"
 FILES = {"a.safetensors": b"a" * 1000, META: b"{}", "z.safetensors": b"z"}
@@ -78,6 +80,8 @@ def test_local_paths_and_file_addresses_work_alike(tmp_path: Path) -> None:
         ("ftp://host/file", "cannot use ftp://; use a path or s3://"),
         ("http://169.254.169.254/latest", "cannot use http://"),
         ("s3://KEY:HUSH@bucket/x", "must not hold credentials"),
+        ("s3://KEY:a/HUSH@bucket/x", r"^s3://\.\.\.@bucket/x: an address must not hold"),
+        ("s3://KEY:HUSH/bucket", "must not hold credentials"),
         ("s3://bucket/a/../../b", r"must not contain '\.\.'"),
         ("../outside", r"must not contain '\.\.'"),
         ("s3://", "not of the form s3://BUCKET/KEY"),
@@ -91,7 +95,9 @@ def test_addresses_of_other_kinds_are_refused(address: str, words: str) -> None:
         assert "HUSH" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["https://host/x", "s3://me:HUSH@bucket/x", "here"])
+@pytest.mark.parametrize(
+    "address", ["https://host/x", "s3://me:HUSH@bucket/x", "s3://me:a/HUSH@bucket/x", "here"]
+)
 def test_settings_name_buckets_only(folder: Path, address: str) -> None:
     write_params({**PARAMS, "storage": {"checkpoints": address}})
     with pytest.raises(GramError, match=r"^params.yaml: storage: ") as caught:
@@ -273,6 +279,40 @@ def test_a_half_written_checkpoint_in_s3_cannot_pass_for_whole() -> None:
         f"-{new}/{META}", f"-{new}", f"+{new}/a.safetensors", f"+{new}/z.safetensors",
         f"+{new}/{META}", f"-{old}",
     ]  # fmt: skip
+
+
+@pytest.mark.s3
+def test_jobs_beside_each_other_leave_each_others_blocks_and_checkpoints(s3: S3Server) -> None:
+    """Two experiments of one run, below one prefix."""
+    place = StorageConfig(checkpoints=f"s3://{BUCKET}/many")
+    jobs = [Job.of(run_of(params(runs__tiny__train__seed=seed), "tiny")) for seed in (0, 1)]
+    stores = [checkpoint_store(job, place) for job in jobs]
+    one, other = stores
+    one.write("step-0000005", FILES)
+    other.write("step-0000010", FILES)
+    found = one.newest()
+    assert found is not None and found.where.endswith("step-0000005")
+    other.clear()
+    assert one.newest() == found
+    first, second = (BlockStore(f"s3://{BUCKET}/blocks/tiny", key) for key in ("a", "b"))
+    name, content = packed(0, pa.table({"x": [1]}))
+    for store in (first, second):
+        store.put(name, content)
+        store.add(name)
+    second.clear()
+    assert [t.to_pydict() for t in first.tables([Block(0, 0, 1, 0, 1)])] == [{"x": [1]}]
+
+
+def test_a_body_that_is_cut_short_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aiohttp import ClientPayloadError
+
+    class Cut:
+        def cat_file(self, address: str) -> bytes:
+            raise ClientPayloadError("Response payload is not completed")
+
+    monkeypatch.setattr(storage, "filesystem", Cut)
+    with pytest.raises(StorageError, match=r"^s3://bucket/x: Response payload is not completed"):
+        storage.read("s3://bucket/x")
 
 
 def test_make_data_is_untouched_by_storage(folder: Path) -> None:

@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -25,7 +27,7 @@ from pipelines.cluster import cluster
 from pipelines.params import FILE, read_params
 from pipelines.promote import promotion
 from pipelines.space import load_sweep, run_with
-from pipelines.sweep import sweep
+from pipelines.sweep import _optuna, sweep, trials_table
 
 TABLE = Path("results/sweeps/lr/trials.parquet")
 SPACE = {"train.optim.lr": {"loguniform": [1e-3, 1e-2]}, "objective.beta": {"choice": [0.5, 2.0]}}
@@ -112,15 +114,53 @@ def test_a_sweep_is_not_resumed_on_other_data(
     whole = document()
     write_params(whole)
     make_data()
-    monkeypatch.setattr("pipelines.sweep._tuner", killed)
-    with pytest.raises(KeyboardInterrupt):
-        sweep("lr")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.sweep._tuner", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep("lr")
     whole["tasks"]["queens"]["split"]["seed"] = 1
     write_params(whole)
     make_data()
     with pytest.raises(GramError, match="its settings or its data have changed"):
         sweep("lr", resume=True)
     assert Path(".gram/sweeps/lr/sweep.json").exists()
+    # On its own data it begins, for it was stopped before there was anything to go on with.
+    whole["tasks"]["queens"]["split"]["seed"] = 0
+    write_params(whole)
+    make_data()
+    assert sweep("lr", resume=True) == 18
+
+
+def test_a_report_without_the_metric_does_not_end_optunas_search() -> None:
+    """A term that did not occur in a report's window is left out of it."""
+    from ray import tune
+
+    search = _optuna(0)
+    search.set_search_properties("prior_valid", "max", {"x": tune.uniform(0, 1)})
+    assert search.suggest("a") is not None
+    search.on_trial_result("a", {"training_iteration": 1, "kl": 2.0})
+    search.on_trial_result("a", {"training_iteration": 2, "prior_valid": 0.25})
+    search.on_trial_complete("a", {"training_iteration": 2, "prior_valid": 0.25})
+    (trial,) = search._ot_study.trials
+    assert trial.intermediate_values == {2: 0.25}
+    assert trial.value == 0.25
+
+
+def test_a_report_has_the_values_of_its_time() -> None:
+    """PBT changes a trial's values on its way; Tune's configuration is the last one."""
+    frame = pd.DataFrame(
+        {
+            "step": [2, 4], "timestamp": [10, 20], "time_total_s": [1.0, 2.0],
+            "reconstruction": [0.5, 0.25], "config/train.optim.lr": [0.001, 0.0012],
+        }
+    )  # fmt: skip
+    config = {"train.optim.lr": 0.0012, "train.batch": 8}
+    result = SimpleNamespace(config=config, metrics_dataframe=frame, error=None)
+    found = trials_table("lr", [result]).to_pylist()
+    assert [dict(row["params"]) for row in found] == [
+        {"train.optim.lr": "0.001", "train.batch": "8"},
+        {"train.optim.lr": "0.0012", "train.batch": "8"},
+    ]
 
 
 @pytest.mark.ray

@@ -148,6 +148,7 @@ def test_deepspeed_config_follows_the_settings(folder: Path) -> None:
             runs__tiny__train__engine="deepspeed",
             runs__tiny__train__workers=2,
             runs__tiny__train__accumulate=2,
+            runs__tiny__train__prior_slots=0.5,
             runs__tiny__train__zero_stage=2,
             runs__tiny__train__optim__clip=0.5,
         )

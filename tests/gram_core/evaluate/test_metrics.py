@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_core.config import ConfigError, load
+from gram_core.evaluate import metrics as metrics_module
 from gram_core.evaluate.metrics import (
     EvaluateConfig,
     by_solution_count,
@@ -210,7 +211,12 @@ def test_by_solution_count_groups_puzzles_by_their_number_of_solutions():
     assert found[4, "coverage"] == (2, (3 / 4 + 1) / 2)
     assert found[4, "accuracy"] == (2, 1.0)
     assert [r["solution_count"] for r in rows] == [1, 1, 1, 2, 2, 2, 4, 4, 4]
-    assert all(r["low"] <= r["value"] <= r["high"] for r in rows)
+    for row in rows:  # a single puzzle says nothing of others
+        interval = row["low"], row["high"]
+        if row["puzzles"] == 1:
+            assert interval == (None, None)
+        else:
+            assert interval[0] <= row["value"] <= interval[1]
 
 
 # Intervals
@@ -273,6 +279,35 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says(rng):
         hits += estimate.low <= 0.3 <= estimate.high
     # 95% of 400, less three standard errors and the percentile interval's small-sample loss.
     assert 0.89 < hits / 400 < 0.99
+
+
+def test_means_that_are_no_shares_are_resampled_even_where_all_are_0_or_1(rng):
+    counts = rng.integers(0, 2, 50).astype(float)
+    share, mean = (ratio(counts, np.ones(50), 500, 0, share=s) for s in (True, False))
+    assert (share.low, share.high) == wilson(counts.sum(), 50)
+    assert (mean.low, mean.high) != (share.low, share.high)
+    # A count of at least one of what there is cannot lie below one.
+    ones = ratio(np.ones(50), np.ones(50), 500, 0, share=False)
+    assert (ones.low, ones.value, ones.high) == (1.0, 1.0, 1.0)
+
+
+def test_distinct_answers_and_steps_are_no_shares():
+    alike = solved([1, 2, 3], width=1)
+    found = summarise(alike.with_columns(mean_steps=pl.lit(1.0)), 1, 4, QUICK)
+    for name in ("distinct", "steps"):
+        assert (found[name].low, found[name].high) == (1.0, 1.0), name
+    assert found["accuracy"].low == wilson(3, 3)[0] < 1
+
+
+def test_all_resamples_are_those_of_one_draw_and_need_a_byte_a_number(monkeypatch, rng):
+    weights = metrics_module._bootstrap_weights(300, 200, 7)
+    whole = np.random.default_rng(7).multinomial(300, np.full(300, 1 / 300), 200)
+    assert weights.itemsize == 1 and (weights == whole).all()
+    numerator, denominator = rng.random(300), 1.0 + rng.integers(0, 3, 300)
+    one = ratio(numerator, denominator, 200, 7)
+    monkeypatch.setattr(metrics_module, "CELLS", 1000)  # three resamples at a time
+    parts = ratio(numerator, denominator, 200, 7)
+    assert (parts.low, parts.high) == pytest.approx((one.low, one.high), rel=1e-12)
 
 
 def test_a_resample_without_any_counted_puzzle_does_no_harm():

@@ -177,6 +177,7 @@ def test_settings_that_cannot_be(
         ({"inputs": [[1] * 8], "target": [[1] * 9]}, "inputs of row 1 has 8 tokens"),
         ({"inputs": [[4] * 9], "target": [[1] * 8 + [7]]}, "target of row 1 has token 7"),
         ({"inputs": [[4] * 9], "target": [[1] * 8 + [None]]}, "target of row 1 has token -1"),
+        ({"inputs": [[4] * 9], "target": [[1] * 8 + [0]]}, "target of row 1 has token 0, padding"),
         ({"inputs": ["x"], "target": ["y"]}, "expected lists"),
         ({"inputs": [[4] * 9], "target": [[1] * 9]}, "target of row 1 is not valid"),
         ({"inputs": [], "target": []}, "no rows"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gram_core.train.checkpoint import (
+    VERSION,
     CheckpointError,
     Checkpoints,
     FolderStore,
@@ -168,7 +169,20 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_folder(make_run, tmp_pa
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("meta", [{"version": 2, "fingerprint": "a"}, [], 3])
+@pytest.mark.parametrize(
+    "change",
+    [{"iteration": 4}, {"iteration": "3"}, {"history": []}, {"sha256": {}}, {"sha256": []}],
+)
+def test_changed_metadata_is_damage(make_run, tmp_path, change):
+    """It says where to go on, and so what noise and rates the next iterations have."""
+    kill(make_run(), tmp_path)
+    path = tmp_path / "step-0000003" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"meta\.json does not match its checksum"):
+        resume(make_run(), tmp_path)
+
+
+@pytest.mark.parametrize("meta", [{"version": VERSION, "fingerprint": "a"}, [], 3])
 def test_metadata_of_another_form_is_damage(make_run, tmp_path, meta):
     kill(make_run(), tmp_path)
     path = tmp_path / "step-0000003" / "meta.json"

@@ -154,6 +154,17 @@ def test_prior_rows_are_the_share_but_never_none_and_never_all(
     assert config.prior_rows(ModelConfig(guidance=guidance)) == rows
 
 
+@pytest.mark.parametrize("spread", [{"workers": 4}, {"accumulate": 4}, {"workers": 16}])
+def test_parts_that_cannot_hold_equally_many_prior_slots_are_refused(spread):
+    """2 slots of 16 follow the prior: one each in two parts; in four, more of them would."""
+    assert TrainConfig(batch=16, workers=2).prior_rows(ModelConfig()) == 1
+    config = TrainConfig(batch=16, **spread)
+    with pytest.raises(ConfigError, match="batch 16 has 2 slots that follow the prior") as error:
+        config.prior_rows(ModelConfig())
+    assert "\n" not in str(error.value)
+    assert config.prior_rows(ModelConfig(guidance="none")) == 0
+
+
 def test_terms_that_did_not_occur_are_left_out_of_a_row():
     stacked = torch.zeros(len(Terms.names), 2)
     stacked[Terms.names.index("kl")] = torch.tensor([6.0, 4.0])

@@ -109,6 +109,8 @@ def test_other_tables(out: Path) -> None:
     training = pl.read_csv(out / "tables/training.csv")
     twin = training.filter(pl.col("run") == "twin")
     assert set(twin["path"]) == {"prior"}, "without guidance there is no posterior"
+    points = training.select("run", "path", "term", "step")
+    assert points.n_unique() == len(points), "one curve a run, path and term"
     gram = training.filter((pl.col("run") == "gram") & (pl.col("path") == "posterior"))
     assert set(gram["term"]) == {"reconstruction", "token_accuracy", "exact", "kl"}
     solutions = pl.read_csv(out / "tables/by_solution_count.csv")
