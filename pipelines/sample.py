@@ -356,7 +356,7 @@ def sample_on_ray(
             num_cpus=cores,
             num_gpus=gpus,
             batch_size=None,
-            ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
+            max_task_retries=RETRIES,
         )  # fmt: skip
         start, busy = time.perf_counter(), 0.0
         try:
