@@ -9,6 +9,7 @@ together from them.
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -318,6 +319,7 @@ def sample_on_ray(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data._internal.execution import streaming_executor_state as executor
+    from ray.util.annotations import RayDeprecationWarning
 
     from pipelines.cluster import Board, cluster, has_gpus, worker_cores
 
@@ -344,20 +346,23 @@ def sample_on_ray(
         board = Board()
         # Ready-made blocks need no task beside the actors, which may take every core there is.
         blocks = ray.data.from_arrow([job.columns(block) for block in todo])
-        finished = blocks.map_batches(
-            Sampler,
-            fn_constructor_args=(
-                job.model, job.task, config, cores, board, store if apart else None,
-            ),
-            fn_constructor_kwargs={"compile": _worth_compiling(job, todo, cost, most)},
-            compute=ActorPoolStrategy(
-                min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
-            ),
-            num_cpus=cores,
-            num_gpus=gpus,
-            batch_size=None,
-            max_task_retries=RETRIES,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # Ray means to name this bound otherwise, and has no other name for it yet.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            finished = blocks.map_batches(
+                Sampler,
+                fn_constructor_args=(
+                    job.model, job.task, config, cores, board, store if apart else None,
+                ),
+                fn_constructor_kwargs={"compile": _worth_compiling(job, todo, cost, most)},
+                compute=ActorPoolStrategy(
+                    min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
+                ),
+                num_cpus=cores,
+                num_gpus=gpus,
+                batch_size=None,
+                max_task_retries=RETRIES,
+            )  # fmt: skip
         start, busy = time.perf_counter(), 0.0
         try:
             with board.listening(lambda message: progress(*message)):
