@@ -255,6 +255,17 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", folder], check=True)
 
 
+def failing(stage: str, name: str) -> subprocess.CompletedProcess[str]:
+    """A stage that ends with exit code 1 and without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}", name],
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done
+
+
 @pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
 @pytest.mark.parametrize(
     "engine", ["plain", pytest.param("deepspeed", marks=[pytest.mark.ray, pytest.mark.slow])]
@@ -281,16 +292,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     shutil.rmtree(".gram", ignore_errors=True)
     # One checkpoint fits, a second beside it does not.
     with small_disk(Path(".gram/checkpoints").absolute(), int(1.6 * max(sizes))) as grow:
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.train", "tiny"],
-            env=child_environment(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
+        done = failing("train", "tiny")
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         assert "step-0000020: checkpoint not written: " in lines[0]
         assert "No space left on device" in lines[0]
-        assert "Traceback" not in done.stderr
         assert not Path("models/tiny/model.safetensors").exists()
         assert [p.name for p in Path(".gram/checkpoints/tiny").iterdir()] == ["step-0000010"]
         grow(64 << 20)
@@ -306,14 +312,9 @@ def test_a_disk_full_of_logged_rows_is_one_line(data: Path, engine: str) -> None
     """Rows are written more often than checkpoints, and to another place."""
     write_params(params(runs__tiny__train__engine=engine))
     with small_disk(Path("models").absolute(), 10 * 4096):  # ten files at most
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.train", "tiny"],
-            env=child_environment(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
+        done = failing("train", "tiny")
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert lines == ["error: models/tiny/live: not written: No space left on device"]
-        assert "Traceback" not in done.stderr
         assert not Path("models/tiny/model.safetensors").exists()
 
 
@@ -321,12 +322,7 @@ def test_a_disk_full_of_logged_rows_is_one_line(data: Path, engine: str) -> None
 def test_a_disk_full_of_tables_is_one_line(folder: Path) -> None:
     write_params(params())
     with small_disk(Path("data").absolute(), 4096):
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.generate", "queens"],
-            env=child_environment(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
+        done = failing("generate", "queens")
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: ") and "No space left on device" in last
         assert not list(Path("data").rglob("*.parquet"))
