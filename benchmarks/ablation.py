@@ -34,7 +34,7 @@ from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, averaged, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.blocks import Block
-from pipelines.runtime import device_name, entry, say
+from pipelines.runtime import compute_with, device_name, entry, say
 from pipelines.sample import Sampler
 
 SEEDS = (0, 1, 2)
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str]) -> None:
     if name not in STUDIES:
         raise ConfigError(f"no study '{name}'; there are {', '.join(STUDIES)}")
     study, out = STUDIES[name], RESULTS[device_name()] / f"ablation_{name}.csv"
-    torch.set_num_threads(1)
+    compute_with(1)
     done = set()
     if out.exists():
         with out.open() as file:

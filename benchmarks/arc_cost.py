@@ -17,7 +17,7 @@ from gram_core.tasks.batches import Examples
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.runtime import device_name, entry, threads
+from pipelines.runtime import compute_with, device_name, entry, threads
 
 BATCH = 768
 STEPS = {"ARC-AGI-1": 1_040_000, "ARC-AGI-2": 1_450_000}
@@ -27,7 +27,7 @@ REPEATS = 3
 def seconds_a_slot(slots: int) -> float:
     """Seconds of one training step a slot: median of a few, after one to warm up."""
     torch.manual_seed(0)
-    torch.set_num_threads(threads())
+    compute_with(threads())
     config = load(ModelConfig, {"prefix_tokens": 16}, "model")
     train = load(TrainConfig, {"batch": slots, "engine": "plain"}, "train")
     model = GRAM(config, TokenShape(900, 12)).to(device_name())

@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
 from benchmarks.speed import device
 from gram_core.compile import compiled
@@ -28,7 +27,7 @@ from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig, SupervisionStep, Trajectories, rollout
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, load_run
-from pipelines.runtime import device_name, entry, say, threads
+from pipelines.runtime import compute_with, device_name, entry, say, threads
 
 TURNS = 3
 WIDTH = 20
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.turns < 1 or (options.depth is not None and options.depth < 1):
         parser.error("DEPTH and TURNS are at least 1")
     run = load_run(options.run)
-    torch.set_num_threads(threads())
+    compute_with(threads())
     model, about = load_model(MODELS / run.name)
     model = model.to(device_name()).eval()
     puzzles, _ = held_out(run.task_name, run.task, about.get("identifiers", []))

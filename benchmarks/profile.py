@@ -24,7 +24,7 @@ from benchmarks.speed import (
     synchronise,
     training,
 )
-from pipelines.runtime import device_name, entry, threads
+from pipelines.runtime import compute_with, device_name, entry, threads
 
 WARM = 3  # turns before the one that is looked at
 LARGEST = 25
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.rows is not None:
         check_rows(parser, options.rows, sampled=options.phase == "sample")
-    torch.set_num_threads(threads())
+    compute_with(threads())
     from torch._inductor import config
 
     config.cpp.enable_kernel_profile = True

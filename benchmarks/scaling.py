@@ -20,7 +20,7 @@ from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.runtime import device_name, entry, threads
+from pipelines.runtime import compute_with, device_name, entry, threads
 
 TURNS = 3
 BASE = {"batch": 32, "width": 20, "depth": 2, "D": 128, "L": 64}
@@ -72,7 +72,7 @@ def sampling(at: dict[str, int]) -> Callable[[], Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print the table."""
-    torch.set_num_threads(threads())
+    compute_with(threads())
     print(f"{device_name()}, {threads()} threads, fp32, uncompiled; at {BASE}\n")
     print("| phase | quantity | seconds | exponent |\n|---|---|---|---|")
     for (phase, quantity), values in GRID.items():

@@ -35,7 +35,7 @@ from gram_core.tasks.nqueens import NQueens, NQueensConfig
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.runtime import device_name, entry, environment, say, threads
+from pipelines.runtime import compute_with, device_name, entry, environment, say, threads
 
 LATEST = {"cpu": Path("benchmarks/latest.json"), "cuda": Path("docs/results/gpu/speed.json")}
 TURNS = 5
@@ -176,7 +176,7 @@ def sampling(size: str, dtype: str, batch: int, turn: Callable[[float], None]) -
 
 def child(what: list[str]) -> None:
     """Measure in turns: a number for each line that comes in."""
-    torch.set_num_threads(int(what.pop()))
+    compute_with(int(what.pop()))
 
     def turn(value: float) -> None:
         print(value, flush=True)

@@ -10,7 +10,7 @@ import torch
 from gram_core.model.gram import GRAM
 from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.batches import Puzzles
-from pipelines.runtime import device_name
+from pipelines.runtime import compute_with, device_name
 
 # The calibration draws a batch of trajectories, or so many where a batch is smaller; but at most
 # one in SHARE of all.
@@ -43,7 +43,7 @@ def calibrate(model: GRAM, puzzles: Puzzles, config: SampleConfig, cores: int) -
     """Draw a few trajectories of puzzles spread over the whole, on this machine with `cores`
     threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(cores)
+    compute_with(cores)
     try:
         total = len(puzzles.ids) * config.width
         budget = min(max(config.batch, ENOUGH), max(1, total // SHARE))

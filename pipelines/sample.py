@@ -36,7 +36,7 @@ from pipelines.cost import Cost, calibrate
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, RESULTS, WORK, Run, load_storage
 from pipelines.provenance import provenance
-from pipelines.runtime import device_name, say, threads
+from pipelines.runtime import compute_with, device_name, say, threads
 
 Progress = Callable[[int, int], None]  # of a block's number: so many trajectories are finished
 # Settings of sampling that say how it is spread, not what comes of it.
@@ -64,7 +64,7 @@ class Sampler:
         *,
         compile: bool = False,
     ) -> None:
-        torch.set_num_threads(cores)
+        compute_with(cores)
         self.model = model.to(device_name(config.num_gpus))
         step = SupervisionStep(self.model, config)
         self.step = compiled(step, say, dynamic=True) if compile else step

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from gram_core import tables
 from gram_core.config import dump
@@ -26,7 +25,7 @@ from pipelines import storage
 from pipelines.dataset import examples, identifiers
 from pipelines.params import RESULTS, WORK
 from pipelines.provenance import provenance
-from pipelines.runtime import device_name, say
+from pipelines.runtime import compute_with, device_name, say
 from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
 from pipelines.train import Job, build_module, fingerprint, job_of, work
 
@@ -97,7 +96,7 @@ def trial(
 ) -> None:
     """What each trial runs: the run's training with the values that the sweep chose."""
     job = job_of(run_with(params, config, values), groups)
-    torch.set_num_threads(config.cpus)
+    compute_with(config.cpus)
     module = build_module(job, device_name(config.gpus))
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
     store = TrialStore(job.train.checkpoint_every, job.train.steps)

@@ -36,7 +36,7 @@ from pipelines import storage
 from pipelines.dataset import examples, identifiers, publish, published
 from pipelines.params import MODELS, WORK, Run, load_storage
 from pipelines.provenance import provenance
-from pipelines.runtime import device_name, say, threads
+from pipelines.runtime import compute_with, device_name, say, threads
 from pipelines.storage import StorageConfig
 from pipelines.stores import DriverStore, ObjectStore, kept
 
@@ -171,7 +171,7 @@ def checkpoint_store(job: Job, place: StorageConfig) -> FolderStore | ObjectStor
 
 def train_here(job: Job, place: StorageConfig, report: Report) -> Trained:
     """Train in this process with torch alone."""
-    torch.set_num_threads(job.train.cores or threads())
+    compute_with(job.train.cores or threads())
     module = build_module(job, device_name())
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
     rows = examples(job.data, job.task, "train", job.identifiers)
@@ -185,7 +185,7 @@ def ray_worker(config: dict[str, Any]) -> Trained:
     from pipelines.engine import DeepSpeedEngine
 
     job: Job = config["job"]
-    torch.set_num_threads(config["cores"])
+    compute_with(config["cores"])
     engine = DeepSpeedEngine(build_module(job, device_name()), job.train)
     board: Board = config["board"]
     # Asked, not posted: where the driver cannot write the row, training ends.
