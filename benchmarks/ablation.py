@@ -34,7 +34,8 @@ from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, averaged, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
 from pipelines.blocks import Block
-from pipelines.runtime import compute_with, device_name, entry, say
+from pipelines.compute import compute_with
+from pipelines.runtime import device_name, entry, say
 from pipelines.sample import Sampler
 
 SEEDS = (0, 1, 2)

@@ -17,7 +17,8 @@ from gram_core.tasks.batches import Examples
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.runtime import compute_with, device_name, entry, threads
+from pipelines.compute import compute_with
+from pipelines.runtime import device_name, entry, threads
 
 BATCH = 768
 STEPS = {"ARC-AGI-1": 1_040_000, "ARC-AGI-2": 1_450_000}

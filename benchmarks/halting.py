@@ -25,9 +25,10 @@ from gram_core.config import ConfigError
 from gram_core.model.store import load_model
 from gram_core.noise import batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig, SupervisionStep, Trajectories, rollout
+from pipelines.compute import compute_with
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, load_run
-from pipelines.runtime import compute_with, device_name, entry, say, threads
+from pipelines.runtime import device_name, entry, say, threads
 
 TURNS = 3
 WIDTH = 20

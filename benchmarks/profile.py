@@ -24,7 +24,8 @@ from benchmarks.speed import (
     synchronise,
     training,
 )
-from pipelines.runtime import compute_with, device_name, entry, threads
+from pipelines.compute import compute_with
+from pipelines.runtime import device_name, entry, threads
 
 WARM = 3  # turns before the one that is looked at
 LARGEST = 25

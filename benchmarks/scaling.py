@@ -20,7 +20,8 @@ from gram_core.tasks.batches import Examples, Puzzles
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.runtime import compute_with, device_name, entry, threads
+from pipelines.compute import compute_with
+from pipelines.runtime import device_name, entry, threads
 
 TURNS = 3
 BASE = {"batch": 32, "width": 20, "depth": 2, "D": 128, "L": 64}

@@ -35,7 +35,8 @@ from gram_core.tasks.nqueens import NQueens, NQueensConfig
 from gram_core.train.engine import PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, make_slots, train
 from gram_core.train.objective import ObjectiveConfig
-from pipelines.runtime import compute_with, device_name, entry, environment, say, threads
+from pipelines.compute import compute_with
+from pipelines.runtime import device_name, entry, environment, say, threads
 
 LATEST = {"cpu": Path("benchmarks/latest.json"), "cuda": Path("docs/results/gpu/speed.json")}
 TURNS = 5

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime import entry, fail, say
+from pipelines.runtime import entry, fail, say, threads
 
 if TYPE_CHECKING:
     from gram_core.sample.trajectory import SampleConfig
@@ -170,7 +170,9 @@ def _sampling(run: str) -> "SampleConfig | None":
 def _solve(chosen: argparse.Namespace) -> int:
     from gram_core.solve import Solver
     from gram_core.tasks.base import TaskError
+    from pipelines.compute import compute_with
 
+    compute_with(threads())
     solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))
     text = chosen.puzzle
     with suppress(OSError):  # a long puzzle is no name of a file

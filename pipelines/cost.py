@@ -10,7 +10,8 @@ import torch
 from gram_core.model.gram import GRAM
 from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.batches import Puzzles
-from pipelines.runtime import compute_with, device_name
+from pipelines.compute import compute_with
+from pipelines.runtime import device_name
 
 # The calibration draws a batch of trajectories, or so many where a batch is smaller; but at most
 # one in SHARE of all.

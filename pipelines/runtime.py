@@ -111,16 +111,6 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def compute_with(cores: int) -> None:
-    """What every process does before it computes: `cores` threads, float32 at full width."""
-    import torch
-
-    from gram_core.precision import wide_products
-
-    torch.set_num_threads(cores)
-    wide_products()
-
-
 def device_name(gpus: float | None = None) -> str:
     """ "cuda" where a GPU can be used, else "cpu"; "cpu" where zero `gpus` were asked for."""
     import torch

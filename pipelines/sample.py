@@ -32,11 +32,12 @@ from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
 from pipelines import storage
 from pipelines.blocks import Block, BlockStore, cut, packed
+from pipelines.compute import compute_with
 from pipelines.cost import Cost, calibrate
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, RESULTS, WORK, Run, load_storage
 from pipelines.provenance import provenance
-from pipelines.runtime import compute_with, device_name, say, threads
+from pipelines.runtime import device_name, say, threads
 
 Progress = Callable[[int, int], None]  # of a block's number: so many trajectories are finished
 # Settings of sampling that say how it is spread, not what comes of it.

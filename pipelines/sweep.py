@@ -22,10 +22,11 @@ from gram_core.train.checkpoint import META, Found
 from gram_core.train.engine import PlainEngine
 from gram_core.train.objective import Terms
 from pipelines import storage
+from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers
 from pipelines.params import RESULTS, WORK
 from pipelines.provenance import provenance
-from pipelines.runtime import compute_with, device_name, say
+from pipelines.runtime import device_name, say
 from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
 from pipelines.train import Job, build_module, fingerprint, job_of, work
 

@@ -33,10 +33,11 @@ from gram_core.train.engine import Engine, PlainEngine, Supervised
 from gram_core.train.loop import TrainConfig, averaged, final_metrics, make_slots, train
 from gram_core.train.objective import ObjectiveConfig, Terms
 from pipelines import storage
+from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers, publish, published
 from pipelines.params import MODELS, WORK, Run, load_storage
 from pipelines.provenance import provenance
-from pipelines.runtime import compute_with, device_name, say, threads
+from pipelines.runtime import device_name, say, threads
 from pipelines.storage import StorageConfig
 from pipelines.stores import DriverStore, ObjectStore, kept
 

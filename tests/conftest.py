@@ -11,6 +11,14 @@ from pipelines.runtime import PATIENT
 os.environ.update(PATIENT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def as_in_every_process() -> None:
+    """Float32 is multiplied by the same library whichever tests came before."""
+    from gram_core.precision import wide_products
+
+    wide_products()
+
+
 def group(item: pytest.Item) -> str:
     """Which tests stay in one of two processes that share them: all that start a Ray, which would
     fight for cores and ports; else a module's, with their fixtures."""

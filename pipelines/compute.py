@@ -1,0 +1,11 @@
+"""What every process does before it computes."""
+
+import torch
+
+from gram_core.precision import wide_products
+
+
+def compute_with(cores: int) -> None:
+    """Compute with `cores` threads, and float32 at the processor's full width."""
+    torch.set_num_threads(cores)
+    wide_products()
