@@ -75,6 +75,10 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
     try:
         if sys.platform == "linux":
+            # Interrupted as it is imported, polars ends in a panic of Rust's, a traceback.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            import polars  # noqa: F401
+
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sys.exit(_told(main))
     except KeyboardInterrupt:

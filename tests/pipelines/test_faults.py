@@ -106,7 +106,14 @@ def test_a_block_that_always_kills_its_worker_ends_with_one_line(
     from pipelines import sample
 
     monkeypatch.setattr(sample, "RETRIES", 2)
-    write_params(params(runs__tiny__sample__width=200, runs__tiny__sample__concurrency=1))
+    # Blocks that take seconds: it is killed in its first, wherever that begins.
+    changes = {
+        "runs__tiny__sample__width": 3000,
+        "runs__tiny__sample__batch": 9000,
+        "runs__tiny__sample__concurrency": 1,
+        "runs__tiny__sample__compile": False,
+    }
+    write_params(params(**changes))
     with (
         killing("ray::MapWorker(MapBatches(Sampler)).submit", 100, lambda: True) as killed,
         pytest.raises(GramError, match="the workers of a block died 3 times") as error,
