@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime import entry, fail, say, threads
+from pipelines.runtime import entry, fail, say
 
 if TYPE_CHECKING:
     from gram_core.sample.trajectory import SampleConfig
@@ -168,11 +168,11 @@ def _sampling(run: str) -> "SampleConfig | None":
 
 
 def _solve(chosen: argparse.Namespace) -> int:
+    from gram_core.precision import wide_products
     from gram_core.solve import Solver
     from gram_core.tasks.base import TaskError
-    from pipelines.compute import compute_with
 
-    compute_with(threads())
+    wide_products()
     solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))
     text = chosen.puzzle
     with suppress(OSError):  # a long puzzle is no name of a file

@@ -1,4 +1,4 @@
-"""What every process does before it computes."""
+"""What every process that trains or samples does before it computes."""
 
 import torch
 
