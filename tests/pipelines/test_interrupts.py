@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,23 @@ def test_interrupted_training_goes_on(reference: Path, tmp_path: Path) -> None:
     assert not (path / "models/tiny/metrics.json").exists()
     assert list(checkpoints.glob("step-*"))
     completes_as(reference, path)
+
+
+def test_an_interrupt_waits_until_polars_is_imported(tmp_path: Path) -> None:
+    """Within its import polars, here one that interrupts itself, would end in a traceback."""
+    (tmp_path / "polars.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported whole')\n"
+    )
+    program = tmp_path / "program.py"
+    program.write_text("from pipelines.runtime import entry\nentry(lambda _: print('went on'))\n")
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "imported whole\n"
+    assert done.stderr == "error: interrupted\n"
+    assert done.returncode == 130
 
 
 @pytest.mark.slow
