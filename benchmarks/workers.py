@@ -2,8 +2,8 @@
 
 The work is the sample stage of a trained run over all its test inputs (default `nqueens8_gram`).
 Each number of workers runs in a process of its own, in turn, three times. `wall` counts from the
-asking for workers (Ray itself runs by then), `work` from the first finished trajectory to the last
-block; Ray's share is the part of workers' wall time in which they computed nothing.
+asking for workers (Ray itself runs by then), `work` from when the first block begins to the end of
+the last; Ray's share is the part of workers' wall time in which they computed nothing.
 
 Two processors, of a virtual machine above all, are not always twice one. So in each turn every
 fourth block is also sampled without Ray, by one process of one thread and by two: `bare`, the limit
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -53,17 +54,11 @@ def on_ray(run_name: str, workers: int) -> dict[str, float]:
     """One measurement of workers."""
     job = prepared(run_name, workers)
     folder = tempfile.mkdtemp()
-    begun: list[float] = []
     with cluster():
         store = BlockStore(folder, "benchmark")
-        wall, busy = sample_on_ray(
-            job, job.blocks, store, lambda block, done: begun.append(time.perf_counter()),
-            apart=False,
-        )  # fmt: skip
+        spent = sample_on_ray(job, job.blocks, store, lambda block, done: None, apart=False)
     shutil.rmtree(folder)
-    work = begun[-1] - begun[0]
-    trajectories = len(job.puzzles.ids) * WIDTH
-    return {"wall": wall, "busy": busy, "work": work, "trajectories": trajectories}
+    return {**asdict(spent), "trajectories": len(job.puzzles.ids) * WIDTH}
 
 
 def share(run_name: str, first: int, shares: int) -> None:

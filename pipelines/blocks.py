@@ -17,8 +17,11 @@ from gram_core.sample.trajectory import SampleConfig
 from pipelines import storage
 from pipelines.storage import StorageError
 
-# A block is a few full batches, but the run at least some blocks.
-BATCHES, BLOCKS = 4, 16
+# A block is at most so many full batches, and the run at least some blocks.
+BATCHES, BLOCKS = 16, 16
+# Towards the end blocks get smaller, so that no worker is long at its last one when the others have
+# none left: a block is a quarter of what is left, but at least some full batches.
+LEFT, LEAST = 4, 4
 NAME = re.compile(r"block-(\d{6})-([0-9a-f]{16})\.parquet")
 
 
@@ -40,16 +43,30 @@ class Block:
 
 def cut(puzzles: int, config: SampleConfig) -> list[Block]:
     """The blocks of a run, in the order of its table: by puzzle, then by trajectory."""
-    most = BATCHES * config.batch
-    wanted = min(most, max(config.batch, puzzles * config.width // BLOCKS))
-    rows = max(1, wanted // config.width)
-    width = min(config.width, most)
-    spans = [
-        (start, min(start + rows, puzzles), first, min(width, config.width - first))
-        for start in range(0, puzzles, rows)
-        for first in range(0, config.width, width)
-    ]
+    full = BATCHES * config.batch
+    most = min(full, max(config.batch, puzzles * config.width // BLOCKS))
+    least = min(most, LEAST * config.batch)
+    # A puzzle that the first accepted answer ends is one block's, if one can hold it.
+    if config.width <= (full if config.stop_when_verified else most):
+        pieces = _pieces(puzzles, least // config.width, most // config.width)
+        spans = [(start, stop, 0, config.width) for start, stop in pieces]
+    else:
+        spans = [
+            (puzzle, puzzle + 1, first, stop - first)
+            for puzzle in range(puzzles)
+            for first, stop in _pieces(config.width, least, most)
+        ]
     return [Block(number, *span) for number, span in enumerate(spans)]
+
+
+def _pieces(total: int, least: int, most: int) -> Iterator[tuple[int, int]]:
+    """0 .. total - 1 in pieces, from one number to before the other."""
+    start = 0
+    while start < total:
+        wanted = max(least, min(most, (total - start) // LEFT), 1)
+        stop = min(start + wanted, total)
+        yield start, stop
+        start = stop
 
 
 def packed(number: int, table: pa.Table) -> tuple[str, bytes]:
@@ -77,11 +94,13 @@ class BlockStore:
         """Keep a finished block whole. Raises `StorageError`."""
         storage.write(storage.join(self.folder, name), content)
 
-    def add(self, name: str) -> None:
-        """Take note of a block that was put there."""
+    def add(self, name: str) -> int:
+        """Take note of a block that was put there; its number."""
         match = NAME.fullmatch(name)
         assert match is not None
-        self.names[int(match[1])] = name
+        number = int(match[1])
+        self.names[number] = name
+        return number
 
     def tables(self, blocks: list[Block]) -> Iterator[pa.Table]:
         """The blocks' rows in order. Raises `StorageError` where one is missing or damaged."""

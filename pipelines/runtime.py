@@ -37,9 +37,11 @@ QUIET = {
 # A local Ray listens on loopback alone (Ray has no other switch for it than the one that says that
 # this machine takes part in no cluster), waits for no node to be taken away, and looks for the end
 # of training more often than every two seconds. The workers that it would start before anybody asks
-# know nothing of our environment and would stay idle, beside those that then start.
+# know nothing of our environment and would stay idle, beside those that then start. Without its
+# dashboard nobody reads the log of tasks that every process would send each second.
 LOCAL = {
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_task_events_report_interval_ms": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

@@ -8,10 +8,12 @@ together from them.
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
 from typing import Any, Self
 
 import msgspec
@@ -26,7 +28,7 @@ from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import ModelError, load_model
-from gram_core.noise import GENERATOR
+from gram_core.noise import GENERATOR, batch_noise
 from gram_core.sample.trajectory import SampleConfig, SupervisionStep, rollout
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
@@ -44,15 +46,16 @@ Progress = Callable[[int, int], None]  # of a block's number: so many trajectori
 SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
-TELL = 2.0  # seconds between two signs of life of a worker
+TELL = 2.0  # seconds between two signs of life of a worker in a block
+LONG = 10.0  # seconds of a block that the bar should not stand still for
 RETRIES = 16  # of a block whose workers die
 PATIENCE = (0.1, 0.5)  # seconds that Ray Data's loop waits for blocks: its own, and at most
 
 
 class Sampler:
     """A model ready to sample. Called by Ray Data with a batch of columns, it gives one row a
-    finished block: its name, the seconds it took, and its content unless it put that into `store`
-    itself."""
+    finished block: its name, when it began, the seconds it took, and its content unless it put that
+    into `store` itself."""
 
     def __init__(
         self,
@@ -74,15 +77,18 @@ class Sampler:
         self.board = board
         self.store = store
         self.told = 0.0
+        if model.config.stochastic:
+            # Loading the compiled generator takes half a second, which is no block's.
+            batch_noise([bytes(16)], [0], (1, 1, 1), self.step.model.z0_h.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Finish the blocks in `batch`: `puzzle_id`, `inputs`, `puzzle` (its learned identifier)
         and `targets` (the known answers of each puzzle as one string of bytes), and for each row
         its `block` and which trajectories that is: `first`, `count`."""
         post = self.board.post if self.board is not None else lambda message: None
-        finished: dict[str, list[Any]] = {"name": [], "seconds": [], "content": []}
+        finished: dict[str, list[Any]] = {"name": [], "began": [], "seconds": [], "content": []}
         for number in np.unique(batch["block"]):
-            start = time.perf_counter()
+            began, start = time.time(), time.perf_counter()
             mine = {key: column[batch["block"] == number] for key, column in batch.items()}
             ids = [str(i) for i in mine["puzzle_id"]]
             inputs = torch.from_numpy(np.stack(list(mine["inputs"])).astype(np.uint8))
@@ -101,6 +107,7 @@ class Sampler:
             if self.store is not None:
                 self.store.put(name, content)
             finished["name"].append(name)
+            finished["began"].append(began)
             finished["seconds"].append(time.perf_counter() - start)
             finished["content"].append(b"" if self.store is not None else content)
         return finished
@@ -226,8 +233,11 @@ class Job:
     def key(self, weights: str) -> str:
         """Identifies all that the rows depend on, but for code and machine."""
         settings = {k: v for k, v in dump(self.config).items() if k not in SPREAD}
+        cuts = [astuple(block) for block in self.blocks]
         digest = hashlib.sha256()
-        for part in (weights, settings, dump(self.task.config), list(self.puzzles.ids), GENERATOR):
+        for part in (
+            weights, settings, dump(self.task.config), list(self.puzzles.ids), GENERATOR, cuts
+        ):  # fmt: skip
             digest.update(json.dumps(part, sort_keys=True).encode())
         digest.update(self.puzzles.inputs.numpy().tobytes())
         for answers in self.known:
@@ -310,13 +320,22 @@ def patience(block: float) -> float:
     return min(max(least, block / 3), most)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a pool of workers: `wall` from the asking for them on, `work` from when the first
+    block began to the end of the last, `busy` what they spent on blocks, all together."""
+
+    wall: float
+    work: float
+    busy: float
+
+
 def sample_on_ray(
     job: Job, todo: list[Block], store: BlockStore, progress: Progress, *, apart: bool
-) -> tuple[float, float]:
+) -> Spent:
     """Finish the blocks on a pool of Ray Data's actors, which grows and shrinks within its
     bounds. A block whose worker dies is begun again on another, `RETRIES` times. With `apart`, the
-    workers put finished blocks where they belong by themselves. Returns the seconds that passed
-    from the asking for workers on, and the seconds that workers spent on blocks."""
+    workers put finished blocks where they belong by themselves."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data._internal.execution import streaming_executor_state as executor
@@ -343,8 +362,10 @@ def sample_on_ray(
         context.execution_options.preserve_order = False
         # Its loop looks for finished blocks ten times a second, which keeps five per cent of a core
         # busy; for blocks that take seconds that is too often.
-        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(cost.seconds * todo[0].trajectories)
-        board = Board()
+        block = cost.seconds * max(block.trajectories for block in todo)
+        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(block)
+        # Each process of Ray's costs the workers a per cent of a core, and each message some more.
+        board = Board() if block > LONG else None
         # Ready-made blocks need no task beside the actors, which may take every core there is.
         blocks = ray.data.from_arrow([job.columns(block) for block in todo])
         with warnings.catch_warnings():
@@ -365,13 +386,20 @@ def sample_on_ray(
                 max_task_retries=RETRIES,
             )  # fmt: skip
         start, busy = time.perf_counter(), 0.0
+        sizes = {block.number: block.trajectories for block in todo}
+        began, ended = math.inf, 0.0
+        hear = board.listening(lambda message: progress(*message)) if board else nullcontext()
         try:
-            with board.listening(lambda message: progress(*message)):
+            with hear:
                 for row in finished.iter_rows():
                     busy += row["seconds"]
+                    began = min(began, row["began"])
+                    ended = max(ended, row["began"] + row["seconds"])
                     if not apart:
                         store.put(row["name"], row["content"])
-                    store.add(row["name"])
+                    number = store.add(row["name"])
+                    if board is None:
+                        progress(number, sizes[number])
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, GramError):
@@ -384,4 +412,4 @@ def sample_on_ray(
             raise
         wall = time.perf_counter() - start
     say(f"sample {job.name}: {wall:.1f} s, {1 - busy / most / wall:.0%} of it Ray's")
-    return wall, busy
+    return Spent(wall, ended - began, busy)

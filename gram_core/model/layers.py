@@ -116,8 +116,10 @@ class SequenceMixer(nn.Module):
         self.mix = SwiGLU(length, hidden, length)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        out: Tensor = self.mix(x.transpose(1, 2)).transpose(1, 2)
-        return out
+        # Laid out anew each time: for a transposed tensor without gradients torch multiplies row by
+        # row, and copies the weights for each.
+        out: Tensor = self.mix(x.transpose(1, 2).contiguous())
+        return out.transpose(1, 2).contiguous()
 
 
 class Block(nn.Module):

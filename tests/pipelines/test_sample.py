@@ -70,10 +70,15 @@ def test_stopping_when_verified_draws_until_one_is_valid(
 
 
 @pytest.mark.ray
-def test_workers_do_not_show(whole: Path) -> None:
+def test_workers_do_not_show(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     here = sampled()
-    one = sampled(concurrency=1)
     two = sampled(concurrency=2)
+    assert "100%" in capfd.readouterr().err, "the bar hears of finished blocks"
+    monkeypatch.setattr("pipelines.sample.LONG", 0.0)
+    one = sampled(concurrency=1)
+    assert "100%" in capfd.readouterr().err, "the bar hears from within long blocks"
     for other in (one, two):
         assert other.drop("value").equals(here.drop("value"))
         assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
