@@ -6,6 +6,7 @@ nothing is drawn twice, and a damaged block is never taken.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from gram_core.sample.trajectory import SampleConfig
 from pipelines import storage
 from pipelines.storage import StorageError
 
-# A block is at most so many full batches, and the run at least some blocks.
+# A block is at most so many full batches; a run of many has at least some blocks.
 BATCHES, BLOCKS = 16, 16
-# Towards the end blocks get smaller, so that no worker is long at its last one when the others have
-# none left: a block is a quarter of what is left, but at least some full batches.
+# Towards the end of a run of large blocks they get smaller, so that no worker is long at its last
+# one when the others have none left: a quarter of what is left, but at least some full batches.
 LEFT, LEAST = 4, 4
 NAME = re.compile(r"block-(\d{6})-([0-9a-f]{16})\.parquet")
 
@@ -43,27 +44,30 @@ class Block:
 
 def cut(puzzles: int, config: SampleConfig) -> list[Block]:
     """The blocks of a run, in the order of its table: by puzzle, then by trajectory."""
-    full = BATCHES * config.batch
-    most = min(full, max(config.batch, puzzles * config.width // BLOCKS))
-    least = min(most, LEAST * config.batch)
-    # A puzzle that the first accepted answer ends is one block's, if one can hold it.
-    if config.width <= (full if config.stop_when_verified else most):
-        pieces = _pieces(puzzles, least // config.width, most // config.width)
-        spans = [(start, stop, 0, config.width) for start, stop in pieces]
+    width, full = config.width, BATCHES * config.batch
+    batches = min(BATCHES, math.ceil(puzzles * width / (BLOCKS * config.batch)))
+    most, least = batches * config.batch, min(batches, LEAST) * config.batch
+    # Where the first accepted answer ends a puzzle, each part of it would end by itself: as few
+    # parts as can be.
+    part = (full, full) if config.stop_when_verified else (least, most)
+    if width <= part[1]:
+        pieces = _pieces(puzzles, 0, least // width, most // width)
+        spans = [(start, stop, 0, width) for start, stop in pieces]
     else:
         spans = [
             (puzzle, puzzle + 1, first, stop - first)
             for puzzle in range(puzzles)
-            for first, stop in _pieces(config.width, least, most)
+            for first, stop in _pieces(width, (puzzles - 1 - puzzle) * width, *part)
         ]
     return [Block(number, *span) for number, span in enumerate(spans)]
 
 
-def _pieces(total: int, least: int, most: int) -> Iterator[tuple[int, int]]:
-    """0 .. total - 1 in pieces, from one number to before the other."""
+def _pieces(total: int, later: int, least: int, most: int) -> Iterator[tuple[int, int]]:
+    """0 .. total - 1, after which `later` ones follow, in pieces from one number to before the
+    other."""
     start = 0
     while start < total:
-        wanted = max(least, min(most, (total - start) // LEFT), 1)
+        wanted = max(least, min(most, (total - start + later) // LEFT), 1)
         stop = min(start + wanted, total)
         yield start, stop
         start = stop
@@ -79,7 +83,7 @@ def packed(number: int, table: pa.Table) -> tuple[str, bytes]:
 
 class BlockStore:
     """The finished blocks of one run at `address`, a folder or an s3:// prefix; `key` identifies
-    all that the rows depend on, so that blocks of other settings are never taken."""
+    the cut and all that the rows depend on, so that no other blocks are ever taken."""
 
     def __init__(self, address: str, key: str) -> None:
         self.address = address

@@ -2,7 +2,8 @@
 
 A worker is a class that loads the model once and turns blocks of puzzles into rows. A trajectory
 is a function of weights, seed, puzzle and number, so how puzzles are cut into blocks and which
-worker takes them does not show in the table. Blocks are kept as they finish; the table is put
+worker takes them does not show in the table (but where the first accepted answer ends a puzzle of
+several blocks). Blocks are kept as they finish; the table is put
 together from them.
 """
 
@@ -77,9 +78,9 @@ class Sampler:
         self.board = board
         self.store = store
         self.told = 0.0
-        if model.config.stochastic:
-            # Loading the compiled generator takes half a second, which is no block's.
-            batch_noise([bytes(16)], [0], (1, 1, 1), self.step.model.z0_h.device)
+        if model.config.stochastic and self.model.z0_h.device.type == "cpu":
+            # Loading the processor's compiled generator takes half a second, which is no block's.
+            batch_noise([bytes(16)], [0], (1, 1, 1))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Finish the blocks in `batch`: `puzzle_id`, `inputs`, `puzzle` (its learned identifier)
@@ -231,7 +232,7 @@ class Job:
         return cut(len(self.puzzles.ids), self.config)
 
     def key(self, weights: str) -> str:
-        """Identifies all that the rows depend on, but for code and machine."""
+        """Identifies the cut and all that the rows depend on, but for code and machine."""
         settings = {k: v for k, v in dump(self.config).items() if k not in SPREAD}
         cuts = [astuple(block) for block in self.blocks]
         digest = hashlib.sha256()
@@ -268,8 +269,8 @@ class Job:
 
 
 class _Bar:
-    """A bar over trajectories, from the first one on: finished blocks, and what is done of those in
-    work. A block that begins again on another worker takes back what it had."""
+    """A bar over trajectories, from the first that it hears of: finished blocks, and what is done
+    of long ones in work. A block that begins again on another worker takes back what it had."""
 
     def __init__(self, name: str, total: int, found: int) -> None:
         self.settings = {"desc": f"sample {name}", "total": total, "initial": found}
@@ -313,11 +314,11 @@ def _worth_compiling(job: Job, todo: list[Block], cost: Cost, workers: int) -> b
     return left * cost.seconds / workers > WORTH
 
 
-def patience(block: float) -> float:
-    """How long to wait for finished blocks that take a worker `block` seconds each. It holds the
-    next one meanwhile, so a third of that keeps it busy even where it is faster than expected."""
+def patience(longest: float) -> float:
+    """How long to wait for finished blocks that take a worker `longest` seconds at most. It holds
+    the next one meanwhile, the last ones of which are a quarter of that: a fifth keeps it busy."""
     least, most = PATIENCE
-    return min(max(least, block / 3), most)
+    return min(max(least, longest / 5), most)
 
 
 @dataclass(frozen=True)
@@ -362,10 +363,10 @@ def sample_on_ray(
         context.execution_options.preserve_order = False
         # Its loop looks for finished blocks ten times a second, which keeps five per cent of a core
         # busy; for blocks that take seconds that is too often.
-        block = cost.seconds * max(block.trajectories for block in todo)
-        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(block)
+        longest = cost.seconds * max(block.trajectories for block in todo)
+        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(longest)
         # Each process of Ray's costs the workers a per cent of a core, and each message some more.
-        board = Board() if block > LONG else None
+        board = Board() if longest > LONG else None
         # Ready-made blocks need no task beside the actors, which may take every core there is.
         blocks = ray.data.from_arrow([job.columns(block) for block in todo])
         with warnings.catch_warnings():
@@ -391,7 +392,11 @@ def sample_on_ray(
         hear = board.listening(lambda message: progress(*message)) if board else nullcontext()
         try:
             with hear:
-                for row in finished.iter_rows():
+                # One ahead, a finished block would be heard of when the next one is.
+                parts = finished.iter_batches(
+                    batch_size=None, batch_format="pyarrow", prefetch_batches=0
+                )
+                for row in (row for part in parts for row in part.to_pylist()):
                     busy += row["seconds"]
                     began = min(began, row["began"])
                     ended = max(ended, row["began"] + row["seconds"])

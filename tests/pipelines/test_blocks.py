@@ -13,28 +13,46 @@ from pipelines.sample import Job
 
 @pytest.mark.parametrize(
     ("puzzles", "width", "batch"),
-    [(773, 20, 64), (10, 3, 2), (1, 1000, 32), (1, 5000, 256), (3, 1, 1), (1, 1, 512), (7, 900, 8)],
+    [
+        (773, 20, 64),
+        (10, 3, 2),
+        (1, 1000, 32),
+        (1, 5000, 256),
+        (3, 1, 1),
+        (1, 1, 512),
+        (7, 900, 8),
+        (88, 2000, 256),
+        (40, 5000, 64),
+    ],
 )
 def test_every_trajectory_is_of_one_block(puzzles: int, width: int, batch: int) -> None:
     found = np.zeros((puzzles, width), dtype=int)
     parts = cut(puzzles, SampleConfig(width=width, batch=batch))
+    assert max(part.trajectories for part in parts) <= blocks.BATCHES * batch
     for part in parts:
         found[part.start : part.stop, part.first : part.first + part.count] += 1
     assert (found == 1).all()
     assert [part.number for part in parts] == list(range(len(parts)))
-    assert max(part.trajectories for part in parts) <= max(blocks.BATCHES * batch, width)
 
 
 def test_blocks_get_smaller_at_the_end() -> None:
     sizes = [part.trajectories for part in cut(773, SampleConfig(width=20, batch=64))]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 960  # a sixteenth of all, in whole puzzles
-    assert sizes[-3] == 240  # less than four batches, in whole puzzles
+    assert sizes[0] == 1020  # a sixteenth of all in whole batches, of them whole puzzles
+    assert sizes[-3] == 240  # four batches, of them whole puzzles
 
 
-@pytest.mark.parametrize(("stops", "parts"), [(True, 2), (False, 18)])
-def test_a_puzzle_that_an_answer_ends_is_of_one_block(stops: bool, parts: int) -> None:
-    config = SampleConfig(width=500, batch=40, stop_when_verified=stops)
+def test_only_the_last_puzzle_of_many_ends_in_small_blocks() -> None:
+    parts = cut(40, SampleConfig(width=5000, batch=64))
+    small = {part.start for part in parts if part.count < 5000 - 4 * 1024}
+    assert small == {39}
+
+
+@pytest.mark.parametrize(
+    ("width", "stops", "parts"), [(500, True, 2), (500, False, 14), (1000, True, 4)]
+)
+def test_a_puzzle_that_an_answer_ends_is_of_one_block(width: int, stops: bool, parts: int) -> None:
+    config = SampleConfig(width=width, batch=40, stop_when_verified=stops)
     assert len(cut(2, config)) == parts
 
 

@@ -70,7 +70,8 @@ def killing(names: str, times: int, ready: Callable[[], bool]) -> Iterator[list[
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_sampling_survives_five_killed_workers(data: Path) -> None:
+def test_sampling_survives_five_killed_workers(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sample.LONG", 0.0)  # the dying tell of their blocks, too
     changes = {
         "runs__tiny__model__dim": 32,
         "runs__tiny__model__ffn": 64,

@@ -12,7 +12,7 @@ from gram_core.errors import GramError
 from gram_core.tasks.nqueens import NQueens
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
-from pipelines.sample import patience, sample_run
+from pipelines.sample import _Bar, patience, sample_run
 from pipelines.train import train_run
 
 TABLE = Path("results/tiny/trajectories.parquet")
@@ -73,12 +73,25 @@ def test_stopping_when_verified_draws_until_one_is_valid(
 def test_workers_do_not_show(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from pipelines import cluster
+
+    boards: list[cluster.Board] = []
+    begin = cluster.Board
+
+    def counted() -> cluster.Board:
+        boards.append(begin())
+        return boards[-1]
+
+    monkeypatch.setattr(cluster, "Board", counted)
     here = sampled()
+    capfd.readouterr()
     two = sampled(concurrency=2)
-    assert "100%" in capfd.readouterr().err, "the bar hears of finished blocks"
+    assert "100%|" in capfd.readouterr().err, "the bar hears of finished blocks"
+    assert not boards, "short blocks need no messages"
     monkeypatch.setattr("pipelines.sample.LONG", 0.0)
     one = sampled(concurrency=1)
-    assert "100%" in capfd.readouterr().err, "the bar hears from within long blocks"
+    assert "100%|" in capfd.readouterr().err, "the bar hears from within long blocks"
+    assert len(boards) == 1
     for other in (one, two):
         assert other.drop("value").equals(here.drop("value"))
         assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
@@ -91,8 +104,17 @@ def test_the_wait_that_is_lengthened_is_the_one_that_ray_reads() -> None:
     assert "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S" in read
 
 
+def test_a_block_begun_again_takes_back_what_the_bar_had() -> None:
+    with _Bar("tiny", 12, 2) as bar:
+        seen = []
+        for done in (5, 2, 9):
+            bar(1, done)
+            seen.append(bar.bar.n)
+    assert seen == [7, 4, 11]
+
+
 def test_workers_of_short_blocks_are_not_kept_waiting() -> None:
-    assert [patience(seconds) for seconds in (0.01, 0.9, 60)] == pytest.approx([0.1, 0.3, 0.5])
+    assert [patience(seconds) for seconds in (0.01, 1.5, 60)] == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_deterministic_twin_gives_one_answer(data: Path) -> None:
