@@ -5,9 +5,9 @@ Each number of workers runs in a process of its own, in turn, three times. `wall
 asking for workers (Ray itself runs by then), `work` from when the first block begins to the end of
 the last; Ray's share is the part of workers' wall time in which they computed nothing.
 
-Two processors, of a virtual machine above all, are not always twice one. So in each turn every
-fourth block is also sampled without Ray, by one process of one thread and by two: `bare`, the limit
-of what two workers can be.
+Two processors, of a virtual machine above all, are not always twice one. So in each turn the first
+six blocks, which are alike, are also sampled without Ray, by one process of one thread and by two:
+`bare`, the limit of what two workers can be.
 """
 
 import json
@@ -34,7 +34,7 @@ from pipelines.sample import Job, Sampler, sample_on_ray
 
 REPEATS = 3
 WIDTH = 20
-PART = 4  # bare processes sample every fourth block
+ALIKE = 6  # blocks that bare processes sample
 
 
 def prepared(run_name: str, workers: int) -> Job:
@@ -62,7 +62,7 @@ def on_ray(run_name: str, workers: int) -> dict[str, float]:
 
 
 def share(run_name: str, first: int, shares: int) -> None:
-    """A bare process: its share of every fourth block, once it is told to begin; says when it is
+    """A bare process: its share of the first blocks, once it is told to begin; says when it is
     ready and when it is done."""
     job = prepared(run_name, 1)
     sampler = Sampler(job.model, job.task, job.config, 1)
@@ -73,7 +73,7 @@ def share(run_name: str, first: int, shares: int) -> None:
     sample(job.blocks[0])
     print("ready", flush=True)
     sys.stdin.readline()
-    for block in job.blocks[::PART][first::shares]:
+    for block in job.blocks[:ALIKE][first::shares]:
         sample(block)
     print("done", flush=True)
 
