@@ -49,15 +49,15 @@ def cut(puzzles: int, config: SampleConfig) -> list[Block]:
     most, least = batches * config.batch, min(batches, LEAST) * config.batch
     # Where the first accepted answer ends a puzzle, each part of it would end by itself: as few
     # parts as can be.
-    part = (full, full) if config.stop_when_verified else (least, most)
-    if width <= part[1]:
+    smallest, largest = (full, full) if config.stop_when_verified else (least, most)
+    if width <= largest:
         pieces = _pieces(puzzles, 0, least // width, most // width)
         spans = [(start, stop, 0, width) for start, stop in pieces]
     else:
         spans = [
             (puzzle, puzzle + 1, first, stop - first)
             for puzzle in range(puzzles)
-            for first, stop in _pieces(width, (puzzles - 1 - puzzle) * width, *part)
+            for first, stop in _pieces(width, (puzzles - 1 - puzzle) * width, smallest, largest)
         ]
     return [Block(number, *span) for number, span in enumerate(spans)]
 

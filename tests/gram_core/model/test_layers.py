@@ -135,3 +135,12 @@ def test_rows_of_a_batch_do_not_touch_each_other_but_positions_do(core):
     before, after = f(a, torch.zeros_like(a)), f(other, torch.zeros_like(a))
     torch.testing.assert_close(before[0], after[0])
     assert (before[1, 4] - after[1, 4]).abs().max().item() > 1e-4
+
+
+def test_sequence_mixer_multiplies_all_rows_at_once() -> None:
+    mixer, x = SequenceMixer(5, 6).requires_grad_(False), torch.randn(2, 5, 3)
+    with torch.inference_mode(), torch.profiler.profile() as seen:
+        mixer(x)
+    names = [event.key for event in seen.key_averages()]
+    assert "aten::mm" in names
+    assert "aten::bmm" not in names
