@@ -168,11 +168,13 @@ def _sampling(run: str) -> "SampleConfig | None":
 
 
 def _solve(chosen: argparse.Namespace) -> int:
+    from gram_core.fused import fuse
     from gram_core.precision import wide_products
     from gram_core.solve import Solver
     from gram_core.tasks.base import TaskError
 
     wide_products()
+    fuse()
     solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))
     text = chosen.puzzle
     with suppress(OSError):  # a long puzzle is no name of a file

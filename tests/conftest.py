@@ -13,10 +13,12 @@ os.environ.update(PATIENT)
 
 @pytest.fixture(scope="session", autouse=True)
 def as_in_every_process() -> None:
-    """Float32 is multiplied by the same library whichever tests came before."""
+    """Products are computed in the same way whichever tests came before."""
+    from gram_core.fused import fuse
     from gram_core.precision import wide_products
 
     wide_products()
+    fuse()
 
 
 def group(item: pytest.Item) -> str:

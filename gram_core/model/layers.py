@@ -4,16 +4,18 @@ Post-norm blocks without biases and with a parameter-free RMSNorm, so that every
 normalised (an un-normalised u lets the KL diverge). This module knows neither the recursion nor
 the latent variables.
 
-Shapes: B batch, L positions, D width, H heads, C = D / H, E = C / 2, F hidden width.
+Shapes: B batch, L positions, D width, Q = 3 D, H heads, C = D / H, E = C / 2, F hidden width.
 """
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gram_core import fused
 
 NORM_EPS = 1e-5
 
@@ -81,6 +83,10 @@ class SwiGLU(nn.Module):
         self.gate_up = linear(fan_in, 2 * hidden)
         self.down = linear(hidden, fan_out)
 
+    def weights(self) -> list[Tensor]:
+        """Of both products."""
+        return [self.gate_up.weight, self.down.weight]
+
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         out: Tensor = self.down(F.silu(gate) * up)
@@ -99,12 +105,24 @@ class Attention(nn.Module):
         self.out = linear(dim, dim)
         self.register_buffer("rope", rope_table(length, dim // heads, rope_base), persistent=False)
 
+    def weights(self) -> list[Tensor]:
+        """Of both products."""
+        return [self.qkv.weight, self.out.weight]
+
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        parts = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mixed = attend(rotate(q, self.rope), rotate(k, self.rope), v)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        qkv: Tensor = self.qkv(x)
+        out: Tensor = self.out(self.mixed(qkv))
         return out
+
+    def mixed(self, qkv: Float[Tensor, "B L Q"]) -> Float[Tensor, "B L D"]:
+        """What the heads give, side by side."""
+        if fused.fits_attention(qkv, self.heads):
+            return fused.attend(qkv, self.rope, self.heads)
+        parts = qkv.chunk(3, dim=-1)
+        split = (*qkv.shape[:2], self.heads, -1)
+        q, k, v = (part.view(split).transpose(1, 2) for part in parts)
+        heads = attend(rotate(q, self.rope), rotate(k, self.rope), v)
+        return heads.transpose(1, 2).flatten(2)
 
 
 class SequenceMixer(nn.Module):
@@ -114,6 +132,10 @@ class SequenceMixer(nn.Module):
     def __init__(self, length: int, hidden: int) -> None:
         super().__init__()
         self.mix = SwiGLU(length, hidden, length)
+
+    def weights(self) -> list[Tensor]:
+        """Of both products."""
+        return self.mix.weights()
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         # Laid out anew each time: for a transposed tensor without gradients torch multiplies row by
@@ -125,10 +147,14 @@ class SequenceMixer(nn.Module):
 class Block(nn.Module):
     """One layer: token mixing, then a SwiGLU over channels, each post-normalised."""
 
-    def __init__(self, mixing: nn.Module, channels: SwiGLU) -> None:
+    def __init__(self, mixing: Attention | SequenceMixer, channels: SwiGLU) -> None:
         super().__init__()
         self.mixing = mixing
         self.channels = channels
+
+    def weights(self) -> list[Tensor]:
+        """Of all four products."""
+        return [*self.mixing.weights(), *self.channels.weights()]
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         for part in (self.mixing, self.channels):
@@ -154,16 +180,21 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
 
-        def mixing() -> nn.Module:
+        def mixing() -> Attention | SequenceMixer:
             if core == "mixer":
                 return SequenceMixer(length, ffn)
             return Attention(dim, heads, length, rope_base)
 
+        self.heads, self.ffn = heads, ffn
         self.blocks = nn.ModuleList(Block(mixing(), SwiGLU(dim, ffn, dim)) for _ in range(layers))
 
     def forward(
         self, a: Float[Tensor, "B L D"], b: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B L D"]:
+        rope = getattr(self.blocks[0].mixing, "rope", None)  # None: the mixer
+        weights = [w for block in self.blocks for w in cast(Block, block).weights()]
+        if fused.fits_stack(a, b, weights, None if rope is None else self.heads, self.ffn):
+            return fused.stack(a, b, weights, rope, self.heads, NORM_EPS)
         x = a + b
         for block in self.blocks:
             x = block(x)
