@@ -65,7 +65,7 @@ def fuse() -> bool:
         if "__AVX2__" not in macros:
             return False
         library = ctypes.CDLL(str(_compiled(macros)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", None) or error).strip().splitlines()
         reason = next((line for line in said if "error" in line), said[0])
         warnings.warn(f"nothing is fused, which is slower: {reason}", stacklevel=2)
