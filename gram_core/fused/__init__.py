@@ -34,9 +34,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-
 COMPILING = 300  # seconds, at most
 CHANNELS = (16, 32, 64, 128)  # of a head, that attention is compiled for
 VECTOR = 16  # numbers: widths are multiples of it
-FAILURES = {
-    1: ValueError("no format or width of gram_core/fused"),
-    2: MemoryError("no memory for gram_core/fused"),
+FAILURES: dict[int, tuple[type[Exception], str]] = {
+    1: (ValueError, "no format or width of gram_core/fused"),
+    2: (MemoryError, "no memory for gram_core/fused"),
 }
 
 
@@ -142,7 +142,7 @@ def attend(
     qkv: Float[Tensor, "B L Q"], rope: Float[Tensor, "2 L E"], heads: int
 ) -> Float[Tensor, "B L D"]:
     """Softmax attention between rotated queries and keys, in the format of `qkv`; `rope` is the
-    table of `gram_core.model.layers.rope_table`, in float32. For what `fits_attention`."""
+    table of `gram_core.model.layers.rope_table`. For what `fits_attention`."""
     out: Tensor = torch.ops.gram.attend(qkv, rope, heads)
     return out
 
@@ -166,7 +166,8 @@ def stack(
 
 def _checked(failure: int) -> None:
     if failure:
-        raise FAILURES[failure]
+        kind, message = FAILURES[failure]
+        raise kind(message)
 
 
 def _call(qkv: Tensor, rope: Tensor, heads: int, grad: Tensor | None, out: Tensor) -> Tensor:
@@ -181,12 +182,12 @@ def _call(qkv: Tensor, rope: Tensor, heads: int, grad: Tensor | None, out: Tenso
 
 
 def _attend(qkv: Tensor, rope: Tensor, heads: int) -> Tensor:
-    qkv, rope = qkv.contiguous(), rope.contiguous()
+    qkv, rope = qkv.contiguous(), rope.float().contiguous()
     return _call(qkv, rope, heads, None, _like_attended(qkv, rope, heads))
 
 
 def _attend_backward(grad: Tensor, qkv: Tensor, rope: Tensor, heads: int) -> Tensor:
-    qkv, rope, grad = qkv.contiguous(), rope.contiguous(), grad.contiguous()
+    qkv, rope, grad = qkv.contiguous(), rope.float().contiguous(), grad.contiguous()
     return _call(qkv, rope, heads, grad, torch.empty_like(qkv))
 
 
@@ -205,7 +206,7 @@ def _stack(
 ) -> Tensor:
     assert _process.library is not None
     a, b, weights = a.contiguous(), b.contiguous(), [w.contiguous() for w in weights]
-    rope = None if rope is None else rope.contiguous()
+    rope = None if rope is None else rope.float().contiguous()
     batch, length, dim = a.shape
     out = _like_stack(a, b, weights, rope, heads, eps, half)
     places = (ctypes.c_void_p * len(weights))(*(w.data_ptr() for w in weights))

@@ -235,6 +235,20 @@ def test_what_does_not_fit_is_computed_by_separate_operations(monkeypatch):
         torch.testing.assert_close(stack(a, b), whole, rtol=1e-5, atol=1e-6)
 
 
+@needs_gxx
+def test_a_model_cast_to_bfloat16_whole_is_computed_as_such():
+    """Its table of positions is bfloat16, too, which the operations do not read."""
+    fused.fuse()
+    if torch.bfloat16 not in fused._process.formats:
+        pytest.skip("no bfloat16 here")
+    layer = Attention(64, heads=2, length=9, rope_base=100)
+    x = torch.randn(2, 9, 64)
+    exact = layer.double()(x.double())
+    out = layer.bfloat16()(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert error(out, exact) < 4 * BOUND[torch.bfloat16]
+
+
 def test_weights_come_in_the_order_of_the_products():
     mixer = SequenceMixer(5, 8)
     assert [tuple(w.shape) for w in mixer.weights()] == [(16, 5), (5, 8)]
