@@ -168,7 +168,7 @@ def _sampling(run: str) -> "SampleConfig | None":
 
 
 def _solve(chosen: argparse.Namespace) -> int:
-    from gram_core.fused import fuse
+    from gram_core.fused.operations import fuse
     from gram_core.precision import wide_products
     from gram_core.solve import Solver
     from gram_core.tasks.base import TaskError

@@ -1,4 +1,4 @@
-// What gram_core/fused/__init__.py calls: it compiles this file for the processor that it finds.
+// What gram_core/fused/operations.py calls: it compiles this file for the processor that it finds.
 
 #include <atomic>
 

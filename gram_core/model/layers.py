@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core import fused
+from gram_core.fused import operations as fused
 
 NORM_EPS = 1e-5
 

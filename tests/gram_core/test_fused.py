@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gram_core import fused
+from gram_core.fused import operations as fused
 from gram_core.model.layers import NORM_EPS, Attention, SequenceMixer, Stack, rope_table
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -339,7 +339,7 @@ def test_no_memory_is_an_error_of_its_own(monkeypatch):
 def test_one_openmp_runtime_serves_torch_and_the_operations():
     """Two would keep two sets of threads, which wait for each other's cores."""
     code = (
-        "import torch; from gram_core import fused; assert fused.fuse()\n"
+        "import torch; from gram_core.fused import operations as fused; assert fused.fuse()\n"
         "from gram_core.model.layers import rope_table\n"
         "torch.randn(300, 300) @ torch.randn(300, 300)\n"
         "fused.attend(torch.randn(4, 8, 48), rope_table(8, 16, 100.0), 1)\n"

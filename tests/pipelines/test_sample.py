@@ -37,8 +37,10 @@ def test_table_has_every_puzzle_trajectory_and_depth(whole: Path) -> None:
 
 
 def test_batch_and_compaction_do_not_show(whole: Path) -> None:
-    one = sampled(batch=1)
-    for other in (sampled(batch=64), sampled(batch=7, compaction=False)):
+    # Of the 13,500 tokens of seed 0 one has its best two logits 6e-6 apart: less than what three
+    # steps of so small a model make of the last bit of torch's products, fused or not (3e-5).
+    one = sampled(batch=1, seed=1)
+    for other in (sampled(batch=64, seed=1), sampled(batch=7, compaction=False, seed=1)):
         # Matrix products of another batch size may round otherwise; answers may not change.
         assert other.drop("value").equals(one.drop("value"))
         assert other["value"].to_list() == pytest.approx(one["value"].to_list(), abs=1e-5)
