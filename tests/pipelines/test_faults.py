@@ -75,7 +75,7 @@ def test_sampling_survives_five_killed_workers(data: Path, monkeypatch: pytest.M
     changes = {
         "runs__tiny__model__dim": 32,
         "runs__tiny__model__ffn": 64,
-        "runs__tiny__model__K": 6,
+        "runs__tiny__model__K": 30,  # seconds of work, that five are killed before it is done
         "runs__tiny__sample__width": 30,
         "runs__tiny__sample__depth": 10,
         "runs__tiny__sample__depths": [1],
