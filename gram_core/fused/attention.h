@@ -5,7 +5,7 @@
 // numbers in qkv and its numbers in out (the rotation, the scores, the softmax) stays there.
 //
 // L positions, LP of them with whole vectors of keys, LQ with whole tiles of queries; C channels of
-// a head, U lanes of them, UP with whole vectors. What pads is zero.
+// a head, U lanes of them, UP with whole vectors. What pads q, k and v is zero.
 #pragma once
 
 #include "lanes.h"

@@ -198,7 +198,8 @@ extern "C" int gram_stack(const void* a, int a_half, const void* b, int b_half, 
     const StackCall call{a, b, a_half != 0, b_half != 0, table, weights, blocks, out,
                          {batch, length, dim, heads, ffn, mixing}, eps, threads};
 #ifdef __AVX512BF16__
-    if (half) return run_stack<Half>(call);
-#endif
+    return half ? run_stack<Half>(call) : run_stack<Single>(call);
+#else
     return half || a_half || b_half ? UNFIT : run_stack<Single>(call);
+#endif
 }

@@ -3,7 +3,7 @@ backward, and a whole stack of blocks without gradients.
 
 As operations of torch's, compiled or not, a head's scores are written to memory and read back four
 times, and more time goes there than into the products; at small widths so it is with all of a
-block. `gram_core.model.layers` is what they compute: it asks `fits_attention` and `fits_stack`, and
+block. `gram_core.model.layers` is what they compute: it asks whether they fit, and
 computes by itself what does not fit. The C++ beside this file is compiled at first use, in some ten
 seconds, by this machine's g++ for this machine's processor, and kept below `TORCH_EXTENSIONS_DIR`
 (by default ~/.cache/torch_extensions), where torch keeps such things.
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 PARTS = [
     Path(__file__).parent / name for name in ("entry.cpp", "stack.h", "attention.h", "lanes.h")
@@ -56,7 +56,7 @@ def fuse() -> bool:
 
     It does not, silently, where there is no g++ or no AVX2, and with a warning where compiling or
     loading fails. Results differ from those of separate operations by rounding; in bfloat16 they
-    are closer to the exact ones, for what lies between products is float32. They are the same
+    are closer to the exact ones, for less is rounded between products. They are the same
     whatever rows are computed together, and for any number of threads."""
     if _process.library is not None or shutil.which("g++") is None:
         return _process.library is not None
@@ -64,10 +64,10 @@ def fuse() -> bool:
         macros = _gxx("-march=native", "-E", "-dM", "-x", "c++", os.devnull)
         if "__AVX2__" not in macros:
             return False
-        library = ctypes.CDLL(str(_compiled(macros)))
+        library = _compiled(macros)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        reason = next((line for line in said if "error" in line), said[0])
+        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
+        reason = next((x for x in said.splitlines() if "error" in x), said.partition("\n")[0])
         warnings.warn(f"nothing is fused, which is slower: {reason}", stacklevel=2)
         return False
     pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -90,7 +90,7 @@ def _gxx(*arguments: str) -> str:
     return done.stdout
 
 
-def _compiled(macros: str) -> Path:
+def _compiled(macros: str) -> ctypes.CDLL:
     """The library for this source, compiler and processor, of which the last two are told by what
     the compiler defines."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
@@ -98,36 +98,70 @@ def _compiled(macros: str) -> Path:
     for part in PARTS:
         key.update(part.read_bytes())
     library = Path(root) / "gram" / f"{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, however many processes compile at once.
-        with tempfile.TemporaryDirectory(dir=library.parent) as place:
-            new = Path(place) / library.name
-            _gxx(*FLAGS, "-o", str(new), str(PARTS[0]))
-            new.replace(library)
-    return library
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # of a crash, or of another system that shares the folder
+            library.unlink(missing_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all, however many processes compile at once; and kept if it can be loaded.
+    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+        new = Path(place) / library.name
+        _gxx(*FLAGS, "-o", str(new), str(PARTS[0]))
+        loaded = ctypes.CDLL(str(new))
+        new.replace(library)
+    return loaded
 
 
-def fits_attention(qkv: Tensor, heads: int) -> bool:
+def fits_attention(qkv: Tensor, rope: Tensor, heads: int) -> bool:
     """Whether `attend` takes them: on a CPU, in a process with `fuse`, in one of its formats and
-    widths."""
-    return qkv.is_cpu and qkv.dtype in _process.formats and qkv.shape[-1] // (3 * heads) in CHANNELS
-
-
-def fits_stack(
-    a: Tensor, b: Tensor, weights: Sequence[Tensor], heads: int | None, ffn: int
-) -> bool:
-    """Whether `stack` takes them: on a CPU, in a process with `fuse`, without gradients, in formats
-    and widths of its, with whole float32 weights (ZeRO's third stage has parts of them)."""
-    if torch.is_grad_enabled() or not a.is_cpu or products() not in _process.formats:
+    widths, and of shapes that go together."""
+    if not qkv.is_cpu or qkv.dtype not in _process.formats or qkv.dim() != 3:
         return False
-    width = a.shape[-1]
+    channels = 2 * rope.shape[-1]
     return (
-        width % VECTOR == ffn % VECTOR == 0
-        and (heads is None or width // heads in CHANNELS)
+        channels in CHANNELS
+        and qkv.shape[2] == 3 * heads * channels
+        and rope.shape[:2] == (2, qkv.shape[1])
+    )
+
+
+def wants_stack(a: Tensor, b: Tensor) -> bool:
+    """Whether `stack` is for these at all: on a CPU, in a process with `fuse`, in its formats, and
+    without gradients."""
+    return (
+        not torch.is_grad_enabled()
+        and a.is_cpu
+        and a.dim() == 3
         and a.shape == b.shape
-        and all(x.dtype in _process.formats for x in (a, b))
-        and all(w.dtype == torch.float32 and w.dim() == 2 for w in weights)
+        and all(kind in _process.formats for kind in (products(), a.dtype, b.dtype))
+    )
+
+
+def cut_up(module: nn.Module) -> bool:
+    """Whether the module's weights are parts that ZeRO's third stage brings together as it calls
+    the modules that own them, on all workers in the same order: nothing may go past these calls."""
+    return any(hasattr(parameter, "ds_status") for parameter in module.parameters())
+
+
+def fits_stack(a: Tensor, weights: Sequence[Tensor], rope: Tensor | None, heads: int) -> bool:
+    """Whether `stack` takes these weights for what it is wanted for: whole, in float32, in widths
+    of its, and of shapes that go together."""
+    _, length, dim = a.shape
+    hidden, ffn = weights[1].shape[-1], weights[3].shape[-1]
+    if rope is None:
+        first = [(2 * hidden, length), (length, hidden)]
+        fits = hidden % VECTOR == 0
+    else:
+        channels = 2 * rope.shape[-1]
+        first = [(3 * dim, dim), (dim, dim)]
+        fits = channels in CHANNELS and dim == heads * channels and rope.shape[1] == length
+    shapes = [*first, (2 * ffn, dim), (dim, ffn)] * (len(weights) // 4)
+    return (
+        fits
+        and dim % VECTOR == ffn % VECTOR == 0
+        and all(w.dtype == torch.float32 for w in weights)
+        and [tuple(w.shape) for w in weights] == shapes
     )
 
 
@@ -158,7 +192,7 @@ def stack(
     """Post-norm blocks of a + b, in the format of `products`: attention between rotated queries and
     keys where there is a table `rope`, else a SwiGLU over positions, then one over channels. Four
     `weights` a block, [out, in]: of qkv and out, or gate and up and down; of gate and up and down.
-    For what `fits_stack`. No gradients."""
+    For what `wants_stack` and `fits_stack`. No gradients."""
     half = products() == torch.bfloat16
     out: Tensor = torch.ops.gram.stack(a, b, list(weights), rope, heads, eps, half)
     return out
@@ -188,7 +222,7 @@ def _attend(qkv: Tensor, rope: Tensor, heads: int) -> Tensor:
 
 def _attend_backward(grad: Tensor, qkv: Tensor, rope: Tensor, heads: int) -> Tensor:
     qkv, rope, grad = qkv.contiguous(), rope.float().contiguous(), grad.contiguous()
-    return _call(qkv, rope, heads, grad, torch.empty_like(qkv))
+    return _call(qkv, rope, heads, grad, qkv.new_empty(qkv.shape))
 
 
 def _like_attended(qkv: Tensor, rope: Tensor, heads: int) -> Tensor:
@@ -240,6 +274,10 @@ def _back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.gram.attend_backward(grad, *ctx.saved_tensors, ctx.heads), None, None
 
 
+def _no_second(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError("fused attention has no second derivative")
+
+
 _operations: Any = torch.library.Library("gram", "DEF")  # type: ignore[no-untyped-call]
 _operations.define("attend(Tensor qkv, Tensor rope, int heads) -> Tensor")
 _operations.define("attend_backward(Tensor grad, Tensor qkv, Tensor rope, int heads) -> Tensor")
@@ -249,9 +287,10 @@ _operations.define(
 )
 for _name, _real, _fake in (
     ("attend", _attend, _like_attended),
-    ("attend_backward", _attend_backward, lambda grad, qkv, rope, heads: torch.empty_like(qkv)),
+    ("attend_backward", _attend_backward, lambda grad, qkv, rope, heads: qkv.new_empty(qkv.shape)),
     ("stack", _stack, _like_stack),
 ):
     _operations.impl(_name, _real, "CPU")
     torch.library.register_fake(f"gram::{_name}", _fake, lib=_operations)
+torch.library.register_autograd("gram::attend_backward", _no_second, lib=_operations)
 torch.library.register_autograd("gram::attend", _back, setup_context=_keep, lib=_operations)

@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
     def mixed(self, qkv: Float[Tensor, "B L Q"]) -> Float[Tensor, "B L D"]:
         """What the heads give, side by side."""
-        if fused.fits_attention(qkv, self.heads):
+        if fused.fits_attention(qkv, self.rope, self.heads):
             return fused.attend(qkv, self.rope, self.heads)
         parts = qkv.chunk(3, dim=-1)
         split = (*qkv.shape[:2], self.heads, -1)
@@ -185,16 +185,18 @@ class Stack(nn.Module):
                 return SequenceMixer(length, ffn)
             return Attention(dim, heads, length, rope_base)
 
-        self.heads, self.ffn = heads, ffn
+        self.heads = heads
         self.blocks = nn.ModuleList(Block(mixing(), SwiGLU(dim, ffn, dim)) for _ in range(layers))
 
     def forward(
         self, a: Float[Tensor, "B L D"], b: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B L D"]:
-        rope = getattr(self.blocks[0].mixing, "rope", None)  # None: the mixer
-        weights = [w for block in self.blocks for w in cast(Block, block).weights()]
-        if fused.fits_stack(a, b, weights, None if rope is None else self.heads, self.ffn):
-            return fused.stack(a, b, weights, rope, self.heads, NORM_EPS)
+        # Weights are looked at last: those that ZeRO's third stage has cut up it fetches at a look.
+        if fused.wants_stack(a, b) and not fused.cut_up(self):
+            rope = getattr(self.blocks[0].mixing, "rope", None)  # None: the mixer
+            weights = [w for block in self.blocks for w in cast(Block, block).weights()]
+            if fused.fits_stack(a, weights, rope, self.heads):
+                return fused.stack(a, b, weights, rope, self.heads, NORM_EPS)
         x = a + b
         for block in self.blocks:
             x = block(x)
