@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from gram_core.compile import compiled
 from gram_core.config import load
+from gram_core.fused.operations import fuse
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.shape import TokenShape
 from gram_core.tasks.batches import Examples
@@ -86,6 +87,7 @@ def run(case: dict[str, object]) -> dict[str, object]:
 def main() -> None:
     """All cases."""
     torch.set_num_threads(1)
+    fuse()
     rank = int(os.environ["RANK"])
     backend = "gloo" if DEVICE == "cpu" else "nccl"
     dist.init_process_group(backend, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
