@@ -168,13 +168,12 @@ def _sampling(run: str) -> "SampleConfig | None":
 
 
 def _solve(chosen: argparse.Namespace) -> int:
-    from gram_core.fused.operations import fuse
-    from gram_core.precision import wide_products
     from gram_core.solve import Solver
     from gram_core.tasks.base import TaskError
+    from pipelines.compute import compute_with
+    from pipelines.runtime import threads
 
-    wide_products()
-    fuse()
+    compute_with(threads())
     solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))
     text = chosen.puzzle
     with suppress(OSError):  # a long puzzle is no name of a file

@@ -10,6 +10,8 @@
 
 #include "lanes.h"
 
+namespace {
+
 // The rotary embedding of scale * x at one position, halves paired; with sign -1 its transpose.
 template <class From, class To, int C>
 inline void rotate(const typename From::Number* x, const float* cos, const float* sin, float sign,
@@ -211,3 +213,5 @@ struct Gradient : Head<T, C> {
         rotate<Single, T, C>(x, cos + j * E, sin + j * E, -1, scale, out);
     }
 };
+
+}  // namespace

@@ -127,9 +127,9 @@ int run_stack(const StackCall& call) {
     long lanes[4], whole = 0;
     sizes<T>(s, lanes);
     for (long n : lanes) whole += padded(n, W);
-    Block packed;
+    Raw packed;
     try {
-        packed = block(whole * call.blocks);
+        packed = raw(whole * call.blocks);
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
     }

@@ -15,6 +15,8 @@
 #include <new>
 #include <vector>
 
+namespace {  // what is in no library cannot be taken from another
+
 // A tile of a product is ROWS x COLUMNS vectors: as many sums as the registers hold beside factors.
 #ifdef __AVX512F__
 constexpr int W = 16, COLUMNS = 4;
@@ -188,3 +190,5 @@ inline void transpose(const float* in, long in_width, float* out, long out_width
     }
     for (int i = 0; i < W; i++) store(out + i * out_width, (Lanes)x[i]);
 }
+
+}  // namespace

@@ -15,11 +15,9 @@ namespace {
 struct Free {
     void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
-using Block = std::unique_ptr<float[], Free>;  // as it comes: not filled with zeros
+using Raw = std::unique_ptr<float[], Free>;  // as it comes: not filled with zeros
 
-inline Block block(long lanes) {
-    return Block(new (std::align_val_t(64)) float[lanes]);
-}
+inline Raw raw(long lanes) { return Raw(new (std::align_val_t(64)) float[lanes]); }
 
 // A weight [out, in] as the right factor of x W^T: panels of [in / N, columns] lanes.
 template <class T>
@@ -74,7 +72,7 @@ struct Shape {
     long group() const { return std::max(1L, 64 / length); }  // sequences that are taken together
 };
 
-// Weights of a block, as they come and laid out.
+// A block's weights, laid out.
 struct Packed {
     const float *first, *second, *gate_up, *down;
 };
