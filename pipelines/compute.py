@@ -2,7 +2,7 @@
 
 import torch
 
-from gram_core.fused.operations import fuse
+from gram_core.fused.library import fuse
 from gram_core.precision import wide_products
 
 

@@ -14,7 +14,7 @@ os.environ.update(PATIENT)
 @pytest.fixture(scope="session", autouse=True)
 def as_in_every_process() -> None:
     """Products are computed in the same way whichever tests came before."""
-    from gram_core.fused.operations import fuse
+    from gram_core.fused.library import fuse
     from gram_core.precision import wide_products
 
     wide_products()

@@ -12,6 +12,18 @@
 
 namespace {
 
+// f of a head's width as a constant, or `none` where it is not one that is compiled for.
+template <class None, class F>
+None of_channels(long channels, None none, F f) {
+    switch (channels) {
+        case 16: return f(std::integral_constant<int, 16>());
+        case 32: return f(std::integral_constant<int, 32>());
+        case 64: return f(std::integral_constant<int, 64>());
+        case 128: return f(std::integral_constant<int, 128>());
+    }
+    return none;
+}
+
 // The rotary embedding of scale * x at one position, halves paired; with sign -1 its transpose.
 template <class From, class To, int C>
 inline void rotate(const typename From::Number* x, const float* cos, const float* sin, float sign,
@@ -86,7 +98,7 @@ struct Head {
     // exp(score - the largest of its row) of the queries from i on, into s, and one over its sums.
     // In steps over all rows, that no row waits for its own maximum and sum.
     void weigh(long i) {
-        product<T>(&q[i * UP], UP, 1, ROWS, {kt.data(), U, LP, false},
+        stripe<T>(&q[i * UP], UP, 1, {kt.data(), U, LP},
                    [&](long r, long j, Lanes x) { store(&s[r * LP + j], x); });
         Lanes most[ROWS], sum[ROWS];
         float top[ROWS];
@@ -124,7 +136,7 @@ struct Head {
                 for (int r = 0; r < ROWS; r++)
                     for (long j = 0; j < LP; j += W)
                         T::put(numbers(&p[r * LP]) + j, load(&s[r * LP + j]));
-            product<T>(N == 1 ? s.data() : p.data(), LP, 1, ROWS, {v.data(), LP / N, C, false},
+            stripe<T>(N == 1 ? s.data() : p.data(), LP, 1, {v.data(), LP / N, C},
                        [&](long r, long c, Lanes x) {
                            if (i + r < L) T::put(out + (i + r) * width + c, x * inverse[r]);
                        });
@@ -161,24 +173,24 @@ struct Gradient : Head<T, C> {
         const float scale = 1 / std::sqrt(float(C));
         for (long i = 0; i < L; i += ROWS) {
             Base::weigh(i);
-            product<T>(&g[i * UP], UP, 1, ROWS, {vt.data(), U, LP, false},
+            stripe<T>(&g[i * UP], UP, 1, {vt.data(), U, LP},
                        [&](long r, long j, Lanes x) { store(&dp[r * LP + j], x); });
             for (int r = 0; r < ROWS; r += 2) scores(i, r);
             alignas(64) float dq[ROWS * C];
             const float* ds = N == 1 ? &ds_rows[i * LP] : p.data();
-            product<T>(ds, LP, 1, ROWS, {k_rows.data(), LP / N, C, false},
+            stripe<T>(ds, LP, 1, {k_rows.data(), LP / N, C},
                        [&](long r, long c, Lanes x) { store(dq + r * C + c, x); });
             for (int r = 0; r < ROWS && i + r < L; r++)
                 back(dq + r * C, i + r, scale, out + (i + r) * stride);
         }
         for (long j = 0; j < L; j += ROWS) {
             alignas(64) float dk[ROWS * C];
-            product<T>(&ds_rows[j], 1, LP, ROWS, {q_rows.data(), LQ / N, C, false},
+            stripe<T>(&ds_rows[j], 1, LP, {q_rows.data(), LQ / N, C},
                        [&](long r, long c, Lanes x) { store(dk + r * C + c, x); });
             // Of the factor that q has, the base is taken back.
             for (int r = 0; r < ROWS && j + r < L; r++)
                 back(dk + r * C, j + r, 0.6931471805599453f, out + (j + r) * stride + width);
-            product<T>(&p_rows[j], 1, LP, ROWS, {g_rows.data(), LQ / N, C, false},
+            stripe<T>(&p_rows[j], 1, LP, {g_rows.data(), LQ / N, C},
                        [&](long r, long c, Lanes x) {
                            if (j + r < L) T::put(out + (j + r) * stride + 2 * width + c, x);
                        });

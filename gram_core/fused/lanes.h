@@ -17,13 +17,17 @@
 
 namespace {  // what is in no library cannot be taken from another
 
+// What a call returns but for 0.
+constexpr int UNFIT = 1, NO_MEMORY = 2;
+
 // A tile of a product is ROWS x COLUMNS vectors: as many sums as the registers hold beside factors.
 #ifdef __AVX512F__
 constexpr int W = 16, COLUMNS = 4;
 #else
 constexpr int W = 8, COLUMNS = 2;
 #endif
-constexpr int ROWS = 6;  // even: bfloat16 goes in pairs of rows
+constexpr int ROWS = 6;              // even: bfloat16 goes in pairs of rows
+constexpr long PANEL = COLUMNS * W;  // columns
 
 typedef float Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t Words __attribute__((vector_size(4 * W)));
@@ -104,51 +108,66 @@ struct Half {
 };
 #endif
 
-// One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < ROWS, for
+// One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
 // VECTORS vectors of columns.
-template <class T, int VECTORS, class Put>
+template <class T, int R, int VECTORS, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
                  Put put) {
-    Lanes sum[ROWS][VECTORS] = {};
+    Lanes sum[R][VECTORS] = {};
     for (long s = 0; s < steps; s++) {
         Lanes right[VECTORS];
         for (int c = 0; c < VECTORS; c++) right[c] = load(b + s * width + c * W);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
             for (int c = 0; c < VECTORS; c++)
                 sum[r][c] = T::add(sum[r][c], a[r * row + s * step], right[c]);
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < R; r++)
         for (int c = 0; c < VECTORS; c++) put(r, c * W, sum[r][c]);
 }
 
-// The right factor of a product, [steps, columns] lanes: row by row, or in panels of COLUMNS vectors
-// of columns, one behind the other.
+// The right factor of a product, [steps, columns] lanes: row by row (`depth` 0), or in panels of
+// columns, one behind the other, with room for `depth` steps each.
 struct Right {
     const float* at;
-    long steps, columns;
-    bool panels;
+    long steps, columns, depth = 0;
 };
 
-// put(i, c, sum over s of a[i * row + s * step] * b[s][c]) for `rows` rows (whole tiles: those that
-// pad are computed, too) and all columns. A panel of b stays in the caches for all rows.
+inline Right in_panels(const float* at, long steps, long columns) {
+    return {at, steps, columns, steps};
+}
+
+// R rows by a panel's columns, from c on.
+template <class T, int R, class Put>
+inline void tiles(const float* a, long row, long step, Right b, long c, Put put) {
+    const long columns = std::min(PANEL, b.columns - c);
+    const float* panel = b.at + (b.depth ? c * b.depth : c);
+    const long width = b.depth ? columns : b.columns;
+    auto here = [&](long r, long d, Lanes x) { put(r, c + d, x); };
+    switch (columns / W) {
+        case 4: return tile<T, R, 4>(a, row, step, panel, width, b.steps, here);
+        case 3: return tile<T, R, 3>(a, row, step, panel, width, b.steps, here);
+        case 2: return tile<T, R, 2>(a, row, step, panel, width, b.steps, here);
+        case 1: return tile<T, R, 1>(a, row, step, panel, width, b.steps, here);
+    }
+}
+
+// put(r, c, sum over s of a[r * row + s * step] * b[s][c]) for ROWS rows and all columns.
+template <class T, class Put>
+inline void stripe(const float* a, long row, long step, Right b, Put put) {
+    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, put);
+}
+
+// The same for `rows` rows, an even number. A panel of b stays in the caches for all of them.
 template <class T, class Put>
 inline void product(const float* a, long row, long step, long rows, Right b, Put put) {
-    for (long c = 0; c < b.columns; c += COLUMNS * W) {
-        const long vectors = std::min<long>(COLUMNS, (b.columns - c) / W);
-        const float* panel = b.panels ? b.at + c * b.steps : b.at + c;
-        const long width = b.panels ? vectors * W : b.columns;
-        for (long i = 0; i < rows; i += ROWS) {
-            const float* left = a + i * row;
-            auto here = [&](long r, long d, Lanes x) { put(i + r, c + d, x); };
-            switch (vectors) {
-                case 4: tile<T, 4>(left, row, step, panel, width, b.steps, here); break;
-                case 3: tile<T, 3>(left, row, step, panel, width, b.steps, here); break;
-                case 2: tile<T, 2>(left, row, step, panel, width, b.steps, here); break;
-                case 1: tile<T, 1>(left, row, step, panel, width, b.steps, here); break;
-            }
-        }
+    for (long c = 0; c < b.columns; c += PANEL) {
+        long i = 0;
+        auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };
+        for (; i + ROWS <= rows; i += ROWS) tiles<T, ROWS>(a + i * row, row, step, b, c, here);
+        if (rows - i == 4) tiles<T, 4>(a + i * row, row, step, b, c, here);
+        if (rows - i == 2) tiles<T, 2>(a + i * row, row, step, b, c, here);
     }
 }
 
@@ -167,6 +186,32 @@ inline Lanes power_of_two(Lanes t) {
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.f;
     return p * (Lanes)(((Words)whole << 23) + 0x3f800000);
+}
+
+// e^x for |x| below 87, and what is next to it beyond.
+inline Lanes exponential(Lanes x) {
+    const Lanes most = Lanes{} + 126.f, t = x * 1.4426950408889634f;
+    return power_of_two(t > most ? most : t);
+}
+
+// log(1 + y) for y between 0 and 1: 2 artanh(z), z = y / (2 + y) <= 1/3, by its series.
+inline Lanes log_one_plus(Lanes y) {
+    const Lanes z = y / (y + 2.f), s = z * z;
+    Lanes p = Lanes{} + 2.f / 15;
+    p = p * s + 2.f / 13;
+    p = p * s + 2.f / 11;
+    p = p * s + 2.f / 9;
+    p = p * s + 2.f / 7;
+    p = p * s + 2.f / 5;
+    p = p * s + 2.f / 3;
+    p = p * s + 2.f;
+    return p * z;
+}
+
+// log(1 + e^x)
+inline Lanes softplus(Lanes x) {
+    const Lanes zero{};
+    return (x > zero ? x : zero) + log_one_plus(exponential(x > zero ? -x : x));
 }
 
 // W x W lanes, by exchanging halves, quarters, ...

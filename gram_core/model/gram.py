@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from gram_core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
+from gram_core.fused import transition as fused
+from gram_core.fused.library import cut_up, wanted
 from gram_core.model.encoders import Identifiers, decoder, input_encoder, target_encoder
 from gram_core.model.heads import HaltHead, ValueHead
 from gram_core.model.latent import Gaussian, GaussianHead, Guidance
@@ -184,6 +186,27 @@ class GRAM(nn.Module):
         if prior is None:
             return proposal
         return State(proposal.h + prior.sample(noise), proposal.l)
+
+    def prior_transitions(
+        self,
+        state: State,
+        e_x: Float[Tensor, "B L D"],
+        noise: Float[Tensor, "T B L D"] | None,
+        count: int,
+    ) -> State:
+        """The first `count` of T transitions, one after the other. Raises as `prior_transition`."""
+        drawn = noise is not None or not self.config.stochastic
+        grad = torch.is_grad_enabled()
+        if not grad and drawn and wanted(state.h, state.l, e_x) and not cut_up(self):
+            stacks = self.recursion.stacks()
+            prior = fused.Prior() if self.prior_head is None else self.prior_head.fused()
+            if fused.fits(state.h, stacks, prior):
+                noise = None if noise is None else noise[:count]
+                after = fused.transitions(state.h, state.l, e_x, noise, count, stacks, prior)
+                return State(*after)
+        for t in range(count):
+            state = self.prior_transition(state, e_x, None if noise is None else noise[t])
+        return state
 
     def decode(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B S V"]:
         """Token logits."""

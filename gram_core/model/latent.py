@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core.model.layers import SwiGLU
+from gram_core.fused.transition import Prior
+from gram_core.model.layers import SwiGLU, side_by_side
 
 Guidance = Literal["full", "stochastic_only", "guide_only", "none"]
 
@@ -97,12 +98,18 @@ class GaussianHead(nn.Module):
             if part is not None:
                 nn.init.zeros_(part.down.weight)
 
+    def fused(self) -> Prior:
+        """What a fused transition reads of this."""
+        mean, std = (() if p is None else p.weights() for p in (self.mean, self.raw_std))
+        return Prior(mean, std, self.offset, self.floor, self.sigma == "exp")
+
     def forward(self, x: Float[Tensor, "B L I"]) -> Gaussian:
+        out = side_by_side([part for part in (self.mean, self.raw_std) if part is not None], x)
         std = None
         if self.raw_std is not None:
-            raw = self.raw_std(x).float() + self.offset
+            raw = out.pop().float() + self.offset
             std = self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
         if self.mean is not None:
-            return Gaussian(self.mean(x), std)
+            return Gaussian(out.pop(), std)
         assert std is not None, "a head without mean and deviation is guidance 'none'"
         return Gaussian(torch.zeros_like(std), std)

@@ -8,6 +8,7 @@ Shapes: B batch, L positions, D width, Q = 3 D, H heads, C = D / H, E = C / 2, F
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core.fused import operations as fused
+from gram_core.fused import attention, heads
+from gram_core.fused.library import cut_up, wanted
 
 NORM_EPS = 1e-5
 
@@ -93,6 +95,17 @@ class SwiGLU(nn.Module):
         return out
 
 
+def side_by_side(
+    parts: Sequence[SwiGLU], x: Float[Tensor, "B L I"]
+) -> list[Float[Tensor, "B L O"]]:
+    """What each of the parts gives of the same input."""
+    if wanted(x) and not any(map(cut_up, parts)):
+        weights = [w for part in parts for w in part.weights()]
+        if heads.fits(x, weights):
+            return heads.heads(x, weights)
+    return [part(x) for part in parts]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions; queries, keys, values in one product."""
 
@@ -116,8 +129,8 @@ class Attention(nn.Module):
 
     def mixed(self, qkv: Float[Tensor, "B L Q"]) -> Float[Tensor, "B L D"]:
         """What the heads give, side by side."""
-        if fused.fits_attention(qkv, self.rope, self.heads):
-            return fused.attend(qkv, self.rope, self.heads)
+        if attention.fits(qkv, self.rope, self.heads):
+            return attention.attend(qkv, self.rope, self.heads)
         parts = qkv.chunk(3, dim=-1)
         split = (*qkv.shape[:2], self.heads, -1)
         q, k, v = (part.view(split).transpose(1, 2) for part in parts)
@@ -188,15 +201,18 @@ class Stack(nn.Module):
         self.heads = heads
         self.blocks = nn.ModuleList(Block(mixing(), SwiGLU(dim, ffn, dim)) for _ in range(layers))
 
+    def weights(self) -> list[Tensor]:
+        """Of all products, four a block."""
+        return [w for block in self.blocks for w in cast(Block, block).weights()]
+
+    def rope(self) -> Tensor | None:
+        """Attention's table of positions."""
+        mixing = cast(Block, self.blocks[0]).mixing
+        return mixing.rope if isinstance(mixing, Attention) else None
+
     def forward(
         self, a: Float[Tensor, "B L D"], b: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B L D"]:
-        # Weights are looked at last: those that ZeRO's third stage has cut up it fetches at a look.
-        if fused.wants_stack(a, b) and not fused.cut_up(self):
-            rope = getattr(self.blocks[0].mixing, "rope", None)  # None: the mixer
-            weights = [w for block in self.blocks for w in cast(Block, block).weights()]
-            if fused.fits_stack(a, weights, rope, self.heads):
-                return fused.stack(a, b, weights, rope, self.heads, NORM_EPS)
         x = a + b
         for block in self.blocks:
             x = block(x)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gram_core.model.layers import Stack
+from gram_core.fused import transition as fused
+from gram_core.fused.library import cut_up, wanted
+from gram_core.model.layers import NORM_EPS, Stack
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,20 @@ class Recursion(nn.Module):
         self.f_l = f_l
         self.cycles = cycles
 
+    def stacks(self) -> fused.Stacks:
+        """What a fused operation reads of this."""
+        weights = self.f_h.weights() + ([] if self.f_l is None else self.f_l.weights())
+        f_h = self.f_h
+        return fused.Stacks(weights, f_h.rope(), len(f_h.blocks), f_h.heads, self.cycles, NORM_EPS)
+
     def forward(self, state: State, e_x: Float[Tensor, "B L D"]) -> State:
         """The state (u, l): `h` of the result is the proposal u, before guidance."""
         h, low = state.h, state.l
+        # Weights are looked at last: those that ZeRO's third stage has cut up it fetches at a look.
+        if wanted(h, low, e_x) and not cut_up(self):
+            stacks = self.stacks()
+            if fused.fits(h, stacks):
+                return State(*fused.recursion(h, low, e_x, stacks))
         if self.f_l is None:
             for _ in range(self.cycles + 1):
                 h = self.f_h(h, e_x)

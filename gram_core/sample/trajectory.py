@@ -208,8 +208,7 @@ class SupervisionStep(nn.Module):
         noise."""
         model = self.model
         with autocast(self.precision, e_x.device):
-            for t in range(model.config.T):
-                state = model.prior_transition(state, e_x, None if noise is None else noise[t])
+            state = model.prior_transitions(state, e_x, noise, model.config.T)
             prediction = model.decode(state.h).argmax(-1).to(torch.uint8)
         feature = model.feature(state.h)
         wants = model.wants_halt(model.halt(feature), self.threshold)

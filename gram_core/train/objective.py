@@ -150,11 +150,11 @@ def _transitions(
     together = 0 if follow else count - window
     prior, own = slice(0, prior_rows), slice(prior_rows, None)
     with torch.no_grad():
-        for t in range(together):
-            state = model.prior_transition(state, e_x, noise[t])
+        state = model.prior_transitions(state, e_x, noise, together)
         first = _take(state, prior)
-        for t in range(together, count if prior_rows else 0):
-            first = model.prior_transition(first, e_x[prior], noise[t, prior])
+        if prior_rows:
+            own_noise = noise[together:, prior]
+            first = model.prior_transitions(first, e_x[prior], own_noise, len(own_noise))
     state, e_x, noise = _take(state, own), e_x[own], noise[:, own]
     e_y = model.embed_answer(batch.target[own]) if guided else e_x
     charged = plain = e_x.new_zeros(len(e_x), dtype=torch.float32)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gram_core.compile import compiled
 from gram_core.config import load
-from gram_core.fused.operations import fuse
+from gram_core.fused.library import fuse
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.shape import TokenShape
 from gram_core.tasks.batches import Examples

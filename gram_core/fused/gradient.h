@@ -1,0 +1,353 @@
+// The gradient of a stack of blocks, from what its forward kept.
+//
+// Groups of sequences take a block's gradient back to its input, each on one processor core, and
+// leave the factors of the weights' gradients, which are summed over the positions of some groups at
+// once. Each thread sums those of its own groups, always the same; in the end the threads' sums are
+// added in their order: a sum depends on the number of threads, and on nothing else.
+#pragma once
+
+#include "stack.h"
+
+namespace {
+
+constexpr long SPAN = 8;    // groups whose factors are summed at once
+constexpr long CHUNK = 48;  // rows of a weight's gradient that are summed one after the other
+
+// A factor of weights' gradients, [depth, columns] lanes in panels of columns. Where positions are
+// summed over, two neighbouring rows lie in one lane (bfloat16).
+struct Factor {
+    long panel, columns, depth;
+    Buffer lanes;
+
+    Factor() = default;
+    Factor(long panel, long columns, long depth)
+        : panel(panel), columns(columns), depth(depth), lanes(columns * depth) {}
+    long width(long c) const { return std::min(panel, columns - c / panel * panel); }
+    float* at(long step, long c) {
+        const long start = c / panel * panel;
+        return lanes.data() + start * depth + step * width(c) + c - start;
+    }
+    const float* from(long c) const { return lanes.data() + c * depth; }  // a panel
+};
+
+// Factors of the weights' gradients, of the groups of one span.
+template <class T>
+struct Span {
+    static constexpr int N = T::IN_LANE;
+    const long group_rows;  // even
+    // Left and right of each: of qkv's or the positions' gate and up's gradient, the mixing's, gate
+    // and up's, down's.
+    Factor first, x, second, mixed, gate_up, normed, down, hidden;
+
+    explicit Span(const Shape& s) : group_rows(padded(s.group() * s.length, 2)) {
+        const long depth = SPAN * group_rows / N, sequences = SPAN * s.group();
+        const long D = s.dim, L = s.length, M = s.mixing;
+        gate_up = Factor(CHUNK, 2 * s.ffn, depth);
+        normed = Factor(PANEL, D, depth);
+        down = Factor(CHUNK, D, depth);
+        hidden = Factor(PANEL, s.ffn, depth);
+        if (!s.blocks) return;  // SwiGLUs of channels alone
+        if (!M) {
+            first = Factor(CHUNK, 3 * D, depth);
+            x = Factor(PANEL, D, depth);
+            second = Factor(CHUNK, D, depth);
+            mixed = Factor(PANEL, D, depth);
+        } else {  // plain, sequence by sequence
+            first = Factor(1, sequences * 2 * M, D / N);
+            x = Factor(1, sequences * padded(L, W), D / N);
+            second = Factor(1, sequences * L + 1, D / N);  // an odd number has a row below it
+            mixed = Factor(1, sequences * M, D / N);
+        }
+    }
+};
+
+struct Gate {
+    Lanes hidden, gate, up;  // silu(gate) * up, and the gradients
+};
+inline Gate gate_gradient(Lanes gate, Lanes up, Lanes grad) {
+    const Lanes share = 1.f / (exponential(-gate) + 1.f), on = gate * share;
+    return {on * up, grad * up * share * (1.f + gate - on), grad * on};
+}
+
+template <class T>
+struct Backward {
+    using Number = typename T::Number;
+    static constexpr int N = T::IN_LANE;
+    const Shape shape;
+    const long L, D, F, most;
+    long count = 0, live = 0, rows = 0;
+    Buffer residual, narrow, wide, gated;
+
+    explicit Backward(const Shape& s)
+        : shape(s), L(s.length), D(s.dim), F(s.ffn), most(padded(s.group() * L, 2)),
+          residual(most * D), narrow(most * D / N), wide(std::max(most * F, s.mixing * D)),
+          gated(most * 2 * F / N) {}
+    virtual ~Backward() = default;
+
+    // From the gradient in the residual, and rounded, to that of the mixing's input.
+    virtual void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) = 0;
+
+    static Number* numbers(float* p) { return reinterpret_cast<Number*>(p); }
+
+    void begin(long sequences) {
+        count = sequences;
+        live = count * L;
+        rows = padded(live, 2);
+    }
+
+    // One block of a group, the span's of that number: grad [positions, D] in place. `weights` as of
+    // y W, `kept` of this group.
+    void block(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group,
+               float* grad) {
+        memcpy(residual.data(), grad, live * D * 4);
+        norm(kept.out, kept.out_scale);
+        channels(weights, kept, span, group);
+        norm(kept.normed, kept.scale);
+        mix(weights, kept, span, group);
+        memcpy(grad, residual.data(), live * D * 4);
+    }
+
+    // Of y = x / rms(x), in place and rounded.
+    void norm(const Number* y, const float* scale) {
+        for (long i = 0; i < live; i++) {
+            float* row = &residual[i * D];
+            const Number* out = y + i * D;
+            Lanes sum{};
+            for (long d = 0; d < D; d += W) sum += load(row + d) * T::get(out + d);
+            const float mean = total(sum) / D;
+            for (long d = 0; d < D; d += W) {
+                const Lanes x = (load(row + d) - T::get(out + d) * mean) * scale[i];
+                store(row + d, x);
+                T::put(numbers(narrow.data()) + i * D + d, x);
+            }
+        }
+    }
+
+    // Rows of numbers as a product that sums over rows reads them; a zero row to an even number.
+    void by_rows(const Number* from, Factor& to, long before) const {
+        for (long j = 0; j < rows; j += 2)
+            for (long c = 0; c < to.columns; c += W) {
+                const Number* row = from + j * to.columns + c;
+                const Lanes second = j + 1 < live ? T::get(row + to.columns) : Lanes{};
+                T::put_rows(to.at(before + j / N, c), to.width(c), T::get(row), second);
+            }
+    }
+
+    void channels(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) {
+        const long before = group * span.group_rows / N;
+        by_rows(numbers(narrow.data()), span.down, before);
+        by_rows(kept.normed, span.normed, before);
+        product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.down, D / N, F),
+                   [&](long i, long f, Lanes x) { store(&wide[i * F + f], x); });
+        Number* both = numbers(gated.data());
+        for (long i = 0; i < rows; i += 2)
+            for (long f = 0; f < F; f += W) {
+                Gate two[2] = {};
+                for (long r = 0; r < 2 && i + r < live; r++) {
+                    const Number* row = kept.gate_up + (i + r) * 2 * F + f;
+                    two[r] = gate_gradient(T::get(row), T::get(row + F),
+                                           load(&wide[(i + r) * F + f]));
+                    T::put(both + (i + r) * 2 * F + f, two[r].gate);
+                    T::put(both + (i + r) * 2 * F + F + f, two[r].up);
+                }
+                auto put = [&](Factor& to, long c, Lanes a, Lanes b) {
+                    T::put_rows(to.at(before + i / N, c), to.width(c), a, b);
+                };
+                put(span.hidden, f, two[0].hidden, two[1].hidden);
+                put(span.gate_up, f, two[0].gate, two[1].gate);
+                put(span.gate_up, F + f, two[0].up, two[1].up);
+            }
+        add(gated.data(), weights.gate_up, 2 * F);
+    }
+
+    void add(const float* a, const float* weight, long fan) {
+        product<T>(a, fan / N, 1, rows, in_panels(weight, fan / N, D), [&](long i, long d, Lanes x) {
+            store(&residual[i * D + d], load(&residual[i * D + d]) + x);
+        });
+    }
+};
+
+template <class T, int C>
+struct AttentionBackward : Backward<T> {
+    using Base = Backward<T>;
+    using typename Base::Number;
+    using Base::by_rows, Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::numbers,
+        Base::rows, Base::shape;
+    Gradient<T, C> gradient;
+    Buffer mixed, qkv;
+
+    AttentionBackward(const Shape& s, const float* table)
+        : Base(s), gradient(s.length, s.heads, table), mixed(Base::most * D / N),
+          qkv(Base::most * 3 * D / N) {}
+
+    void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) override {
+        const long before = group * span.group_rows / N;
+        by_rows(numbers(narrow.data()), span.second, before);
+        by_rows(kept.mixed, span.mixed, before);
+        by_rows(kept.x, span.x, before);
+        Number *grad = numbers(mixed.data()), *out = numbers(qkv.data());
+        product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.second, D / N, D),
+                   [&](long i, long d, Lanes x) { T::put(grad + i * D + d, x); });
+        for (long s = 0; s < count; s++)
+            for (long h = 0; h < shape.heads; h++) {
+                const long at = s * L * 3 * D + h * C;
+                gradient.backward(kept.first + at, grad + s * L * D + h * C, out + at);
+            }
+        by_rows(out, span.first, before);
+        Base::add(qkv.data(), weights.first, 3 * D);
+    }
+
+};
+
+template <class T>
+struct MixerBackward : Backward<T> {
+    using Base = Backward<T>;
+    using typename Base::Number;
+    using Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::numbers, Base::residual,
+        Base::shape, Base::wide;
+    const long M, LN, LP;
+    Buffer columns, hidden, gates, x;
+
+    explicit MixerBackward(const Shape& s)
+        : Base(s), M(s.mixing), LN(padded(L, N) / N), LP(padded(L, W)), columns((L + 1) * D),
+          hidden(M * D / N), gates(2 * M * D / N), x(LP * D / N) {}
+
+    void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) override {
+        for (long s = 0; s < count; s++) {
+            const long sequence = group * shape.group() + s;
+            float* g = &residual[s * L * D];
+            memcpy(span.second.at(0, sequence * L), &narrow[s * L * D / N], L * D / N * 4);
+            for (long j = 0; j < L; j += 2)
+                for (long d = 0; d < D; d += W) {
+                    const Lanes second = j + 1 < L ? load(g + (j + 1) * D + d) : Lanes{};
+                    T::put_rows(&columns[j / N * D + d], D, load(g + j * D + d), second);
+                }
+            product<T>(weights.second, row_lanes<T>(L), 1, M, {columns.data(), LN, D},
+                       [&](long m, long d, Lanes sum) { store(&wide[m * D + d], sum); });
+            const Number* both = kept.first + s * 2 * M * D;
+            Number* left = numbers(span.first.at(0, sequence * 2 * M));
+            Number* rows = numbers(hidden.data());
+            for (long m = 0; m < M; m += 2)
+                for (long d = 0; d < D; d += W) {
+                    Gate two[2];
+                    for (long r = 0; r < 2; r++) {
+                        const long at = (m + r) * D + d, up = M * D + at;
+                        two[r] = gate_gradient(T::get(both + at), T::get(both + up),
+                                               load(&wide[at]));
+                        T::put(rows + at, two[r].hidden);
+                        T::put(left + at, two[r].gate);
+                        T::put(left + up, two[r].up);
+                    }
+                    T::put_rows(&gates[m / N * D + d], D, two[0].gate, two[1].gate);
+                    T::put_rows(&gates[(M + m) / N * D + d], D, two[0].up, two[1].up);
+                }
+            memcpy(x.data(), kept.x + s * L * D, L * D * sizeof(Number));
+            transposed(hidden, M, span.mixed.at(0, sequence * M));
+            transposed(x, LP, span.x.at(0, sequence * LP));
+            product<T>(weights.first, row_lanes<T>(2 * M), 1, padded(L, 2),
+                       {gates.data(), 2 * M / N, D}, [&](long j, long d, Lanes sum) {
+                           if (j < L) store(g + j * D + d, load(g + j * D + d) + sum);
+                       });
+        }
+    }
+
+    // [rows, D / N] -> [D / N, rows]
+    void transposed(const Buffer& in, long rows, float* out) const {
+        for (long j = 0; j < rows; j += W)
+            for (long u = 0; u < D / N; u += W)
+                transpose(in.data() + j * (D / N) + u, D / N, out + u * rows + j, rows);
+    }
+};
+
+// grad[row .. row + rows) += left^T right, summed over `steps` lanes of positions.
+template <class T>
+void sum(const Factor& left, const Factor& right, long steps, float* grad, long row, long rows) {
+    product<T>(left.from(row), 1, rows, rows,
+               {right.lanes.data(), steps, right.columns, right.depth},
+               [&](long o, long i, Lanes x) {
+                   float* to = grad + (row + o) * right.columns + i;
+                   store(to, load(to) + x);
+               });
+}
+
+// Gradients of weights that each thread sums over groups of its own.
+struct Sums {
+    float* const* out;  // the first thread's
+    std::vector<long> sizes;
+    std::vector<std::vector<Buffer>> others;
+
+    Sums(float* const* out, std::vector<long> sizes, int threads)
+        : out(out), sizes(std::move(sizes)), others(threads) {}
+
+    // A thread's own, of zeros.
+    std::vector<float*> of(long thread) {
+        if (!thread) return {out, out + sizes.size()};
+        std::vector<float*> all;
+        for (long size : sizes) {
+            others[thread].emplace_back(size);
+            all.push_back(others[thread].back().data());
+        }
+        return all;
+    }
+
+    // Add all into the first thread's, in the order of threads. All threads call this.
+    void gather(long team) {
+#pragma omp barrier
+        for (std::size_t k = 0; k < sizes.size(); k++)
+#pragma omp for schedule(static) nowait
+            for (long i = 0; i < sizes[k]; i += W)
+                for (long t = 1; t < team; t++)
+                    store(out[k] + i, load(out[k] + i) + load(&others[t][k][i]));
+    }
+};
+
+// Some rows of a weight.
+struct Chunk {
+    int weight;
+    long row, rows;
+};
+inline std::vector<Chunk> chunks(const Shape& s) {
+    const long out[] = {s.mixing ? 2 * s.mixing : 3 * s.dim, s.mixing ? s.length : s.dim,
+                        2 * s.ffn, s.dim};
+    std::vector<Chunk> all;
+    for (int w = s.blocks ? 0 : 2; w < 4; w++)
+        for (long row = 0; row < out[w]; row += CHUNK)
+            all.push_back({w, row, std::min(CHUNK, out[w] - row)});
+    return all;
+}
+
+// Add a chunk's sum over a span of `sequences` sequences to the gradients of a block's weights.
+template <class T>
+void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, float* const* to) {
+    constexpr int N = T::IN_LANE;
+    const long D = s.dim, M = s.mixing, L = s.length;
+    const long rest = sequences % s.group();  // of a last group that is not whole
+    const long steps = (sequences / s.group() * span.group_rows + padded(rest * L, 2)) / N;
+    const Factor* factors[][2] = {{&span.first, &span.x}, {&span.second, &span.mixed},
+                                  {&span.gate_up, &span.normed}, {&span.down, &span.hidden}};
+    float* grad = to[c.weight];
+    if (c.weight > 1 || !M) {
+        const auto& [left, right] = factors[c.weight];
+        return sum<T>(*left, *right, steps, grad, c.row, c.rows);
+    }
+    // Of the mixing of positions channels are summed over, sequence by sequence.
+    const long width = padded(L, W);
+    for (long q = 0; q < sequences; q++) {
+        if (c.weight == 0)
+            product<T>(span.first.from(q * 2 * M + c.row), D / N, 1, c.rows,
+                       {span.x.from(q * width), D / N, width},
+                       [&](long m, long j, Lanes x) {
+                           float* at = grad + (c.row + m) * L + j;
+                           if (j + W <= L) return store(at, load(at) + x);
+                           for (long l = 0; j + l < L; l++) at[l] += x[l];
+                       });
+        else
+            product<T>(span.second.from(q * L + c.row), D / N, 1, padded(c.rows, 2),
+                       {span.mixed.from(q * M), D / N, M}, [&](long j, long m, Lanes x) {
+                           float* at = grad + (c.row + j) * M + m;
+                           if (c.row + j < L) store(at, load(at) + x);
+                       });
+    }
+}
+
+}  // namespace

@@ -1,0 +1,126 @@
+"""SwiGLUs of one input side by side on a CPU, forward and backward: the heads of a Gaussian.
+
+Shapes: B batch, L positions, D width.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gram_core.fused.library import POINTERS, call, operations, places, products
+
+VECTOR = 32  # numbers: widths are multiples of it
+
+
+def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `heads` takes for what is `wanted` these weights: in float32, in widths of its, and
+    of shapes that go together."""
+    dim, ffn = x.shape[-1], weights[1].shape[-1]
+    shapes = [(2 * ffn, dim), (dim, ffn)] * (len(weights) // 2)
+    return (
+        dim % VECTOR == ffn % VECTOR == 0
+        and all(w.dtype == torch.float32 for w in weights)
+        and [tuple(w.shape) for w in weights] == shapes
+    )
+
+
+def heads(x: Float[Tensor, "... D"], weights: Sequence[Tensor]) -> list[Float[Tensor, "... D"]]:
+    """What SwiGLUs give of x, in float32: two `weights` each, [out, in], of gate and up, and down.
+    For what `fits`. Their gradient has none."""
+    out, _ = torch.ops.gram.heads(x.float(), list(weights), products() == torch.bfloat16)
+    return list(out)
+
+
+class _Call(ctypes.Structure):
+    """HeadsCall of heads_call.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("weights", POINTERS),
+        ("out", POINTERS),
+        ("kept", ctypes.c_void_p),
+        ("out_grad", POINTERS),
+        ("x_back", ctypes.c_void_p),
+        ("weights_back", POINTERS),
+        *((name, ctypes.c_long) for name in ("positions", "dim", "ffn", "heads")),
+        *((name, ctypes.c_int) for name in ("half", "threads")),
+    )
+
+
+def _run(name: str, like: Tensor, weights: list[Tensor], half: bool, **others: Any) -> None:
+    weights = [w.contiguous() for w in weights]
+    dim = like.shape[-1]
+    call(name, _Call(
+        weights=places(weights), positions=like.numel() // dim, dim=dim, ffn=weights[1].shape[1],
+        heads=len(weights) // 2, half=half, threads=torch.get_num_threads(), **others,
+    ))  # fmt: skip
+
+
+def _heads(x: Tensor, weights: list[Tensor], half: bool) -> tuple[list[Tensor], Tensor]:
+    x = x.contiguous()
+    out, kept = _like_heads(x, weights, half)
+    _run(
+        "gram_heads", x, weights, half, x=x.data_ptr(), out=places(out), kept=kept.data_ptr()
+    )  # fmt: skip
+    return out, kept
+
+
+def _like_heads(x: Tensor, weights: list[Tensor], half: bool) -> tuple[list[Tensor], Tensor]:
+    count, (*positions, dim) = len(weights) // 2, x.shape
+    kept = x.new_empty(
+        (*positions, dim + count * 2 * weights[1].shape[1]),
+        dtype=torch.bfloat16 if half else torch.float32,
+    )
+    return [x.new_empty(x.shape) for _ in range(count)], kept
+
+
+def _heads_backward(
+    grads: list[Tensor], kept: Tensor, weights: list[Tensor], half: bool
+) -> list[Tensor]:
+    grads = [grad.contiguous() for grad in grads]
+    x = torch.empty_like(grads[0])
+    out = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights]
+    _run(
+        "gram_heads_backward", x, weights, half, out_grad=places(grads), kept=kept.data_ptr(),
+        x_back=x.data_ptr(), weights_back=places(out),
+    )  # fmt: skip
+    return [x, *out]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    _, weights, ctx.half = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *weights)
+
+
+def _back(ctx: Any, grads: list[Tensor], *_: Any) -> tuple[Tensor, list[Tensor], None]:
+    kept, *weights = ctx.saved_tensors
+    x, *back = torch.ops.gram.heads_backward(grads, kept, weights, ctx.half)
+    return x, back, None
+
+
+def _no_second(ctx: Any, grads: list[Tensor]) -> None:
+    raise NotImplementedError("fused heads have no second derivative")
+
+
+operations.define("heads(Tensor x, Tensor[] weights, bool half) -> (Tensor[], Tensor)")
+operations.define(
+    "heads_backward(Tensor[] grads, Tensor kept, Tensor[] weights, bool half) -> Tensor[]"
+)
+operations.impl("heads", _heads, "CPU")
+operations.impl("heads_backward", _heads_backward, "CPU")
+torch.library.register_fake("gram::heads", _like_heads, lib=operations)
+torch.library.register_fake(
+    "gram::heads_backward",
+    lambda grads, kept, weights, half: [
+        grads[0].new_empty(grads[0].shape),
+        *(w.new_empty(w.shape) for w in weights),
+    ],
+    lib=operations,
+)
+torch.library.register_autograd("gram::heads_backward", _no_second, lib=operations)
+torch.library.register_autograd("gram::heads", _back, setup_context=_keep, lib=operations)

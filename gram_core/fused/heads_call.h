@@ -1,0 +1,145 @@
+// What heads.py calls.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+
+#include "heads.h"
+
+namespace {
+
+// As in heads.py, field by field. x, each head's out, their gradients: [positions, dim] of float32.
+struct HeadsCall {
+    const float* x;
+    const float* const* weights;  // gate and up, down, of each head
+    float* const* out;
+    void* kept;  // x and each head's gate and up; null: nothing is kept
+    const float* const* out_grad;
+    float* x_back;
+    float* const* weights_back;
+    long positions, dim, ffn, heads;
+    int half, threads;
+    // Positions for sequences of one.
+    Shape shape() const { return {positions, 1, dim, 1, ffn, 0, 0}; }
+    long whole() const { return positions * dim; }
+    template <class T>
+    typename T::Number* kept_x() const {
+        return static_cast<typename T::Number*>(kept);
+    }
+    template <class T>
+    typename T::Number* gate_up(long head) const {
+        return kept_x<T>() + whole() + head * positions * 2 * ffn;
+    }
+    // Allocates `packing`.
+    template <class T>
+    std::vector<Swiglu> laid_out(Packing<T>& packing, bool back) const {
+        std::vector<Swiglu> all;
+        const Side side = back ? Side::BACK_RIGHT : Side::RIGHT;
+        std::vector<long> at;
+        for (long k = 0; k < heads; k++) {
+            at.push_back(packing.add(side, weights[2 * k], 2 * ffn, dim));
+            at.push_back(packing.add(side, weights[2 * k + 1], dim, ffn));
+        }
+        packing.allocate();
+        for (long k = 0; k < heads; k++)
+            all.push_back({packing[at[2 * k]], packing[at[2 * k + 1]]});
+        return all;
+    }
+};
+
+template <class T>
+int run_heads(const HeadsCall& c) {
+    const Shape s = c.shape();
+    Packing<T> packing;
+    std::vector<Swiglu> heads;
+    try {
+        heads = c.template laid_out<T>(packing, false);
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(c.threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
+        std::unique_ptr<HeadsWorker<T>> mine;
+        try {
+            mine.reset(new HeadsWorker<T>(s, 0, 0, 0));
+        } catch (const std::bad_alloc&) {
+            failed = NO_MEMORY;
+        }
+#pragma omp for schedule(dynamic)
+        for (long g = 0; g < s.groups(); g++) {
+            if (!mine) continue;
+            const long first = g * s.group(), count = std::min(s.group(), s.batch - first);
+            mine->begin(count);
+            for (long i = 0; i < count * c.dim; i += W)
+                T::put(mine->rounded() + i, load(c.x + first * c.dim + i));
+            if (c.kept) mine->keep(mine->narrow, c.template kept_x<T>() + first * c.dim, c.dim);
+            for (long k = 0; k < c.heads; k++)
+                mine->head(heads[k], c.out[k] + first * c.dim,
+                           c.kept ? c.template gate_up<T>(k) + first * 2 * c.ffn : nullptr);
+        }
+    }
+    return failed;
+}
+
+template <class T>
+int run_heads_backward(const HeadsCall& c) {
+    const Shape s = c.shape();
+    Packing<T> packing;
+    std::vector<Swiglu> heads;
+    try {
+        heads = c.template laid_out<T>(packing, true);
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+    const std::vector<Chunk> jobs = chunks(s);
+    std::vector<long> sizes;
+    for (long k = 0; k < 2 * c.heads; k++) sizes.push_back((2 - k % 2) * c.ffn * c.dim);
+    Sums sums(c.weights_back, sizes, c.threads);
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(c.threads)
+    {
+        const long me = omp_get_thread_num(), team = omp_get_num_threads();
+#pragma omp for schedule(dynamic)
+        for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
+        std::unique_ptr<HeadsBackward<T>> mine;
+        std::vector<Span<T>> spans;  // of each head
+        std::vector<float*> weights;
+        try {
+            mine.reset(new HeadsBackward<T>(s));
+            for (long k = 0; k < c.heads; k++) spans.emplace_back(s);
+            weights = sums.of(me);
+        } catch (const std::bad_alloc&) {
+            failed = NO_MEMORY;
+        }
+#pragma omp barrier
+        const long begin = me * s.groups() / team, stop = (me + 1) * s.groups() / team;
+        for (long start = begin; start < stop && !failed; start += SPAN) {
+            const long end = std::min(stop, start + SPAN);
+            for (long g = start; g < end; g++) {
+                const long first = g * s.group(), at = first * c.dim;
+                mine->begin(std::min(s.group(), s.batch - first));
+                std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
+                for (long k = 0; k < c.heads; k++) {
+                    Kept<T> kept;
+                    kept.normed = c.template kept_x<T>() + at;
+                    kept.gate_up = c.template gate_up<T>(k) + first * 2 * c.ffn;
+                    mine->head(heads[k], c.out_grad[k] + at, kept, spans[k], g - start);
+                }
+                memcpy(c.x_back + at, mine->residual.data(), mine->live * c.dim * 4);
+            }
+            const long count = std::min(end * s.group(), s.batch) - start * s.group();
+            for (long k = 0; k < c.heads; k++) {
+                float* const to[] = {nullptr, nullptr, weights[2 * k], weights[2 * k + 1]};
+                for (const Chunk& job : jobs) sum_chunk<T>(s, spans[k], job, count, to);
+            }
+        }
+        if (!failed) sums.gather(team);
+    }
+    return failed;
+}
+
+}  // namespace

@@ -1,0 +1,77 @@
+// Whole transitions of a group of sequences: K times f_L, once f_H, and the prior's guidance.
+#pragma once
+
+#include "stack.h"
+
+namespace {
+
+// The prior's heads, laid out; null: without mean, or without deviation.
+struct Prior {
+    const float *mean_gate_up, *mean_down, *std_gate_up, *std_down;
+    float offset, floor;
+    bool exponential;
+};
+
+// f_L and f_H, laid out; low null: f_H alone, K + 1 times.
+struct Stacks {
+    const Packed *low, *high;
+    long cycles;
+};
+
+// The state (h, l) of a group, and what a transition reads beside it.
+template <class T>
+struct Transitions {
+    Worker<T>& w;
+    const Stacks& stacks;
+    const Prior& prior;
+    const long D;
+    Buffer h, low, e_x, context;
+
+    Transitions(Worker<T>& worker, const Stacks& stacks, const Prior& prior)
+        : w(worker), stacks(stacks), prior(prior), D(worker.D), h(worker.most * D),
+          low(worker.most * D), e_x(worker.most * D), context(worker.most * D) {}
+
+    // `noise` of this group, null without deviation; `kept` of each application's blocks, or null.
+    void step(const float* noise, const Kept<T>* kept) {
+        const long blocks = w.shape.blocks, size = w.live * D;
+        auto of = [&](long application) { return kept ? kept + application * blocks : nullptr; };
+        const bool flat = !stacks.low;
+        for (long i = 0; i < size; i += W)
+            store(&context[i], flat ? load(&e_x[i]) : load(&h[i]) + load(&e_x[i]));
+        memcpy(w.residual.data(), flat ? h.data() : low.data(), size * 4);
+        for (long k = 0; k < stacks.cycles; k++)
+            w.stack(context.data(), flat ? stacks.high : stacks.low, of(k));
+        if (!flat) memcpy(low.data(), w.residual.data(), size * 4);
+        w.stack(flat ? context.data() : h.data(), stacks.high, of(stacks.cycles));
+        guide(noise);
+        memcpy(h.data(), w.residual.data(), size * 4);
+    }
+
+    // u += mean + std * noise
+    void guide(const float* noise) {
+        if (prior.std_gate_up) {
+            w.gate(prior.std_gate_up);
+            head(prior.std_down, [&](long at, Lanes x) {
+                x += prior.offset;
+                x = prior.floor + (prior.exponential ? exponential(x) : softplus(x));
+                return x * load(noise + at);
+            });
+        }
+        if (prior.mean_gate_up) {
+            w.gate(prior.mean_gate_up);
+            head(prior.mean_down, [](long, Lanes x) { return x; });
+        }
+    }
+
+    template <class Part>
+    void head(const float* down, Part part) {
+        constexpr int N = T::IN_LANE;
+        product<T>(w.hidden.data(), w.F / N, 1, w.rows, in_panels(down, w.F / N, D),
+                   [&](long i, long d, Lanes x) {
+                       const long at = i * D + d;
+                       if (i < w.live) store(&w.residual[at], load(&w.residual[at]) + part(at, x));
+                   });
+    }
+};
+
+}  // namespace

@@ -1,0 +1,233 @@
+// What transition.py calls.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+
+#include "gradient.h"
+#include "transition.h"
+
+namespace {
+
+// Made by mixing: of positions, or attention's for its width of heads; null: not a width of these.
+template <class T>
+std::unique_ptr<Worker<T>> worker(const Shape& s, float eps, const float* table) {
+    using Made = std::unique_ptr<Worker<T>>;
+    if (s.mixing) return Made(new MixerWorker<T>(s, eps));
+    return of_channels(s.dim / s.heads, Made(), [&](auto c) {
+        return Made(new AttentionWorker<T, c>(s, eps, table));
+    });
+}
+
+template <class T>
+std::unique_ptr<Backward<T>> backward(const Shape& s, const float* table) {
+    using Made = std::unique_ptr<Backward<T>>;
+    if (s.mixing) return Made(new MixerBackward<T>(s));
+    return of_channels(s.dim / s.heads, Made(),
+                       [&](auto c) { return Made(new AttentionBackward<T, c>(s, table)); });
+}
+
+// As in transition.py, field by field. All numbers are float32, but for those that are kept.
+struct TransitionCall {
+    const float *h, *low, *e_x, *noise, *table;
+    const float* const* stacks;  // four weights a block: f_H's blocks, then f_L's, if there is one
+    const float* const* prior;   // gate and up, down: of the mean, of the deviation; or nulls
+    float *h_out, *low_out;
+    void* kept;     // null: nothing is kept
+    float* scales;  // of what is kept
+    // For the gradient: of both outputs; of the inputs, of the weights as in `stacks`.
+    const float *h_grad, *low_grad;
+    float *h_back, *low_back, *e_x_back;
+    float* const* weights_back;
+    long batch, length, dim, heads, ffn, mixing, blocks, hierarchical, cycles, transitions;
+    float eps, offset, floor;
+    int exponential, half, threads;
+    Shape shape() const { return {batch, length, dim, heads, ffn, mixing, blocks}; }
+    long stack_count() const { return hierarchical ? 2 : 1; }
+};
+
+// Where the stacks' weights will be in a packing, as products forward or backward take them.
+template <class T>
+std::vector<long> add_stacks(Packing<T>& packing, const TransitionCall& c, bool back) {
+    const Side right = back ? Side::BACK_RIGHT : Side::RIGHT;
+    const Side left = back ? Side::BACK_LEFT : Side::LEFT;
+    const long D = c.dim, F = c.ffn, M = c.mixing, L = c.length;
+    std::vector<long> at;
+    for (long b = 0; b < c.stack_count() * c.blocks; b++) {
+        const float* const* w = c.stacks + 4 * b;
+        at.push_back(M ? packing.add(left, w[0], 2 * M, L) : packing.add(right, w[0], 3 * D, D));
+        at.push_back(M ? packing.add(left, w[1], L, M) : packing.add(right, w[1], D, D));
+        at.push_back(packing.add(right, w[2], 2 * F, D));
+        at.push_back(packing.add(right, w[3], D, F));
+    }
+    return at;
+}
+
+template <class T>
+std::vector<Packed> packed_stacks(const Packing<T>& packing, const std::vector<long>& at) {
+    std::vector<Packed> all;
+    for (std::size_t k = 0; k < at.size(); k += 4)
+        all.push_back({packing[at[k]], packing[at[k + 1]], packing[at[k + 2]], packing[at[k + 3]]});
+    return all;
+}
+
+template <class T>
+std::vector<Kept<T>> kept_of(const TransitionCall& c, long sequence) {
+    std::vector<Kept<T>> all;
+    if (c.kept)
+        for (long a = 0; a <= c.cycles; a++)
+            for (long b = 0; b < c.blocks; b++)
+                all.push_back(Kept<T>(c.shape(), c.kept, c.scales, a, b).from(c.shape(), sequence));
+    return all;
+}
+
+template <class T>
+int run_transitions(const TransitionCall& c) {
+    const Shape s = c.shape();
+    Packing<T> packing;
+    const std::vector<long> places = add_stacks(packing, c, false);
+    long head[4] = {-1, -1, -1, -1};
+    for (int k = 0; k < 4; k++)
+        if (c.prior[k])
+            head[k] = packing.add(Side::RIGHT, c.prior[k], k % 2 ? c.dim : 2 * c.ffn,
+                                  k % 2 ? c.ffn : c.dim);
+    try {
+        packing.allocate();
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+    auto place = [&](int k) { return c.prior[k] ? packing[head[k]] : nullptr; };
+    const Prior prior{place(0), place(1), place(2), place(3), c.offset, c.floor,
+                      c.exponential != 0};
+    const std::vector<Packed> blocks = packed_stacks(packing, places);
+    const Stacks stacks{c.hierarchical ? blocks.data() + c.blocks : nullptr, blocks.data(),
+                        c.cycles};
+    const long whole = s.positions() * s.dim;
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(c.threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
+        std::unique_ptr<Worker<T>> mine;
+        std::unique_ptr<Transitions<T>> state;
+        try {
+            mine = worker<T>(s, c.eps, c.table);
+            if (mine) state.reset(new Transitions<T>(*mine, stacks, prior));
+            else failed = UNFIT;
+        } catch (const std::bad_alloc&) {
+            failed = NO_MEMORY;
+        }
+#pragma omp for schedule(dynamic)
+        for (long g = 0; g < s.groups(); g++) {
+            if (!state) continue;
+            const long first = g * s.group(), count = std::min(s.group(), s.batch - first);
+            const long at = first * s.length * s.dim, bytes = count * s.length * s.dim * 4;
+            mine->begin(count);
+            memcpy(state->h.data(), c.h + at, bytes);
+            memcpy(state->low.data(), c.low + at, bytes);
+            memcpy(state->e_x.data(), c.e_x + at, bytes);
+            const std::vector<Kept<T>> kept = kept_of<T>(c, first);
+            for (long t = 0; t < c.transitions; t++)
+                state->step(c.noise ? c.noise + t * whole + at : nullptr,
+                            c.kept ? kept.data() : nullptr);
+            memcpy(c.h_out + at, state->h.data(), bytes);
+            memcpy(c.low_out + at, state->low.data(), bytes);
+        }
+    }
+    return failed;
+}
+
+// What a group's gradient at the input of application `a` of a stack is the gradient of; the
+// group's from `at` on, `size` numbers. `grad` is then that of the application before.
+inline void hand_on(const TransitionCall& c, long a, long at, long size, float* grad) {
+    float *h = c.h_back + at, *e_x = c.e_x_back + at;
+    const bool last = a == c.cycles && c.hierarchical;  // f_H(h, l)
+    for (long i = 0; i < size; i += W) {
+        const Lanes g = load(grad + i);
+        if (last) {
+            store(h + i, g);
+            store(grad + i, g + load(c.low_grad + at + i));
+        } else {  // f(., h + e_x), or where there is no f_L f(., e_x)
+            store(e_x + i, load(e_x + i) + g);
+            if (c.hierarchical) store(h + i, load(h + i) + g);
+        }
+    }
+}
+
+// Numbers of all weights of the stacks, in their order.
+inline std::vector<long> weight_sizes(const TransitionCall& c) {
+    const long D = c.dim, F = c.ffn, M = c.mixing, L = c.length;
+    const long block[] = {M ? 2 * M * L : 3 * D * D, M ? L * M : D * D, 2 * F * D, D * F};
+    std::vector<long> all;
+    for (long k = 0; k < 4 * c.blocks * c.stack_count(); k++) all.push_back(block[k % 4]);
+    return all;
+}
+
+template <class T>
+int run_backward(const TransitionCall& c) {
+    const Shape s = c.shape();
+    const long D = s.dim, L = s.length;
+    Packing<T> packing;
+    const std::vector<long> places = add_stacks(packing, c, true);
+    try {
+        packing.allocate();
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+    const std::vector<Packed> blocks = packed_stacks(packing, places);
+    const std::vector<Chunk> jobs = chunks(s);
+    // The gradient as it goes from application to application: in the end that of the first's
+    // argument, l, or h where there is no f_L.
+    float* grad = c.hierarchical ? c.low_back : c.h_back;
+    Sums sums(c.weights_back, weight_sizes(c), c.threads);
+    std::atomic<int> failed{0};
+#pragma omp parallel num_threads(c.threads)
+    {
+        const long me = omp_get_thread_num(), team = omp_get_num_threads();
+#pragma omp for schedule(dynamic)
+        for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
+        std::unique_ptr<Backward<T>> mine;
+        std::unique_ptr<Span<T>> span;
+        std::vector<float*> weights;
+        try {
+            mine = backward<T>(s, c.table);
+            span.reset(new Span<T>(s));
+            weights = sums.of(me);
+            if (!mine) failed = UNFIT;
+        } catch (const std::bad_alloc&) {
+            failed = NO_MEMORY;
+        }
+#pragma omp barrier
+        // Always the same groups to a thread, for their order is that of the sums.
+        const long begin = me * s.groups() / team, stop = (me + 1) * s.groups() / team;
+        if (!failed) {
+            const long from = std::min(begin * s.group(), s.batch) * L * D;
+            const long to = std::min(stop * s.group(), s.batch) * L * D;
+            memcpy(grad + from, c.h_grad + from, (to - from) * 4);
+        }
+        for (long a = c.cycles; a >= 0 && !failed; a--)
+            for (long b = c.blocks - 1; b >= 0; b--) {
+                const long which = (c.hierarchical && a < c.cycles ? c.blocks : 0) + b;
+                const Kept<T> kept(s, c.kept, c.scales, a, b);
+                for (long start = begin; start < stop; start += SPAN) {
+                    const long end = std::min(stop, start + SPAN);
+                    for (long g = start; g < end; g++) {
+                        const long first = g * s.group(), at = first * L * D;
+                        const long count = std::min(s.group(), s.batch - first);
+                        mine->begin(count);
+                        mine->block(blocks[which], kept.from(s, first), *span, g - start,
+                                    grad + at);
+                        if (b == 0) hand_on(c, a, at, count * L * D, grad + at);
+                    }
+                    const long count = std::min(end * s.group(), s.batch) - start * s.group();
+                    for (const Chunk& job : jobs)
+                        sum_chunk<T>(s, *span, job, count, &weights[4 * which]);
+                }
+            }
+        if (!failed) sums.gather(team);
+    }
+    return failed;
+}
+
+}  // namespace
