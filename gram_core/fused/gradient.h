@@ -167,18 +167,19 @@ struct Backward {
     }
 };
 
-template <class T, int C>
+template <class T>
 struct AttentionBackward : Backward<T> {
     using Base = Backward<T>;
     using typename Base::Number;
     using Base::by_rows, Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::numbers,
         Base::rows, Base::shape;
-    Gradient<T, C> gradient;
     Buffer mixed, qkv;
 
-    AttentionBackward(const Shape& s, const float* table)
-        : Base(s), gradient(s.length, s.heads, table), mixed(Base::most * D / N),
-          qkv(Base::most * 3 * D / N) {}
+    explicit AttentionBackward(const Shape& s)
+        : Base(s), mixed(Base::most * D / N), qkv(Base::most * 3 * D / N) {}
+
+    // One head of one sequence.
+    virtual void head(const Number* qkv, const Number* grad, Number* out) = 0;
 
     void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) override {
         const long before = group * span.group_rows / N;
@@ -188,15 +189,26 @@ struct AttentionBackward : Backward<T> {
         Number *grad = numbers(mixed.data()), *out = numbers(qkv.data());
         product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.second, D / N, D),
                    [&](long i, long d, Lanes x) { T::put(grad + i * D + d, x); });
+        const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
             for (long h = 0; h < shape.heads; h++) {
                 const long at = s * L * 3 * D + h * C;
-                gradient.backward(kept.first + at, grad + s * L * D + h * C, out + at);
+                head(kept.first + at, grad + s * L * D + h * C, out + at);
             }
         by_rows(out, span.first, before);
         Base::add(qkv.data(), weights.first, 3 * D);
     }
+};
 
+template <class T, int C>
+struct GradientsOf : AttentionBackward<T> {
+    using Number = typename T::Number;
+    Gradient<T, C> one;
+    GradientsOf(const Shape& s, const float* table)
+        : AttentionBackward<T>(s), one(s.length, s.heads, table) {}
+    void head(const Number* qkv, const Number* grad, Number* out) override {
+        one.backward(qkv, grad, out);
+    }
 };
 
 template <class T>

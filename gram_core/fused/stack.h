@@ -165,29 +165,40 @@ struct Worker {
     }
 };
 
-template <class T, int C>
+template <class T>
 struct AttentionWorker : Worker<T> {
     using Base = Worker<T>;
     using typename Base::Number;
-    using Base::count, Base::D, Base::L, Base::live, Base::N, Base::narrow, Base::numbers,
-        Base::rows, Base::shape;
-    Head<T, C> head;
+    using Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::rows, Base::shape;
     Buffer qkv;
 
-    AttentionWorker(const Shape& shape, float eps, const float* table)
-        : Base(shape, eps, 0, 0), head(shape.length, shape.heads, table),
-          qkv(Base::most * 3 * D / N) {}
+    AttentionWorker(const Shape& shape, float eps)
+        : Base(shape, eps, 0, 0), qkv(Base::most * 3 * D / N) {}
+
+    // One head of one sequence.
+    virtual void head(const Number* qkv, Number* out) = 0;
 
     void mix(const Packed& weights, const Kept<T>& kept) override {
-        Number *in = numbers(qkv.data()), *out = Base::rounded();
+        Number *in = Base::numbers(qkv.data()), *out = Base::rounded();
         product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.first, D / N, 3 * D),
                    [&](long i, long c, Lanes sum) { T::put(in + i * 3 * D + c, sum); });
         if (kept.x) Base::keep(qkv, kept.first, 3 * D);
+        const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
             for (long h = 0; h < shape.heads; h++)
-                head.forward(in + s * L * 3 * D + h * C, out + s * L * D + h * C);
+                head(in + s * L * 3 * D + h * C, out + s * L * D + h * C);
         if (kept.x) Base::keep(narrow, kept.mixed, D);
         Base::add(narrow.data(), weights.second, D);
+    }
+};
+
+template <class T, int C>
+struct HeadsOf : AttentionWorker<T> {
+    Head<T, C> one;
+    HeadsOf(const Shape& s, float eps, const float* table)
+        : AttentionWorker<T>(s, eps), one(s.length, s.heads, table) {}
+    void head(const typename T::Number* qkv, typename T::Number* out) override {
+        one.forward(qkv, out);
     }
 };
 

@@ -16,7 +16,7 @@ std::unique_ptr<Worker<T>> worker(const Shape& s, float eps, const float* table)
     using Made = std::unique_ptr<Worker<T>>;
     if (s.mixing) return Made(new MixerWorker<T>(s, eps));
     return of_channels(s.dim / s.heads, Made(), [&](auto c) {
-        return Made(new AttentionWorker<T, c>(s, eps, table));
+        return Made(new HeadsOf<T, c>(s, eps, table));
     });
 }
 
@@ -25,7 +25,7 @@ std::unique_ptr<Backward<T>> backward(const Shape& s, const float* table) {
     using Made = std::unique_ptr<Backward<T>>;
     if (s.mixing) return Made(new MixerBackward<T>(s));
     return of_channels(s.dim / s.heads, Made(),
-                       [&](auto c) { return Made(new AttentionBackward<T, c>(s, table)); });
+                       [&](auto c) { return Made(new GradientsOf<T, c>(s, table)); });
 }
 
 // As in transition.py, field by field. All numbers are float32, but for those that are kept.
