@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gram_core.fused.library import call, operations, process
+from gram_core.fused.library import call, fields, operations, process
 
 CHANNELS = (16, 32, 64, 128)  # of a head, that attention is compiled for
 
@@ -42,11 +42,7 @@ def attend(
 class _Call(ctypes.Structure):
     """AttentionCall of attention_call.h."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "table", "grad", "out")),
-        *((name, ctypes.c_long) for name in ("batch", "length", "heads", "channels")),
-        *((name, ctypes.c_int) for name in ("half", "threads")),
-    )
+    _fields_ = fields("qkv table grad out", "batch length heads channels", "", "half threads")
 
 
 def _call(qkv: Tensor, rope: Tensor, heads: int, grad: Tensor | None, out: Tensor) -> Tensor:

@@ -4,10 +4,19 @@
 #include "heads_call.h"
 #include "transition_call.h"
 
+template <class Call>
+int in_format(const Call& call, int (*half)(const Call&), int (*single)(const Call&)) {
+    try {
+        return call.half ? half ? half(call) : UNFIT : single(call);
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
+
 #ifdef __AVX512BF16__
-#define IN_FORMAT(f) return call->half ? f<Half>(*call) : f<Single>(*call)
+#define IN_FORMAT(f) return in_format(*call, f<Half>, f<Single>)
 #else
-#define IN_FORMAT(f) return call->half ? UNFIT : f<Single>(*call)
+#define IN_FORMAT(f) return in_format(*call, {}, f<Single>)
 #endif
 
 // 0: done; UNFIT: not a format or width of these files; NO_MEMORY.

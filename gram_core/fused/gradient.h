@@ -70,30 +70,66 @@ inline Gate gate_gradient(Lanes gate, Lanes up, Lanes grad) {
 }
 
 template <class T>
-struct Backward {
-    using Number = typename T::Number;
-    static constexpr int N = T::IN_LANE;
-    const Shape shape;
-    const long L, D, F, most;
-    long count = 0, live = 0, rows = 0;
-    Buffer residual, narrow, wide, gated;
+struct SwiglusBackward : Group<T> {
+    using Base = Group<T>;
+    using typename Base::Number;
+    using Base::D, Base::F, Base::live, Base::N, Base::narrow, Base::rounded, Base::rows;
+    Buffer wide, gated;
 
-    explicit Backward(const Shape& s)
-        : shape(s), L(s.length), D(s.dim), F(s.ffn), most(padded(s.group() * L, 2)),
-          residual(most * D), narrow(most * D / N), wide(std::max(most * F, s.mixing * D)),
-          gated(most * 2 * F / N) {}
-    virtual ~Backward() = default;
+    explicit SwiglusBackward(const Shape& s, long wide_lanes = 0)
+        : Base(s), wide(std::max(wide_lanes, Base::most * F)), gated(Base::most * 2 * F / N) {}
+
+    // Rows of numbers, from row `before` of a factor on, as a product that sums over rows reads them;
+    // a zero row to an even number.
+    void by_rows(const Number* from, Factor& to, long before) const {
+        for (long j = 0; j < rows; j += 2)
+            for (long c = 0; c < to.columns; c += W) {
+                const Number* row = from + j * to.columns + c;
+                const Lanes second = j + 1 < live ? T::get(row + to.columns) : Lanes{};
+                T::put_rows(to.at(before + j / N, c), to.width(c), T::get(row), second);
+            }
+    }
+
+    // The residual += the gradient at the input of a SwiGLU, from what is rounded, its output's.
+    // Weights as of y W; `group` is the span's group.
+    void swiglu(const float* down, const float* gate_up, const Number* input, const Number* kept,
+                Span<T>& span, long group) {
+        const long before = group * span.group_rows / N;
+        by_rows(rounded(), span.down, before);
+        by_rows(input, span.normed, before);
+        product<T>(narrow.data(), D / N, 1, rows, in_panels(down, D / N, F),
+                   [&](long i, long f, Lanes x) { store(&wide[i * F + f], x); });
+        Number* both = Base::numbers(gated.data());
+        for (long i = 0; i < rows; i += 2)
+            for (long f = 0; f < F; f += W) {
+                Gate two[2] = {};
+                for (long r = 0; r < 2 && i + r < live; r++) {
+                    const Number* row = kept + (i + r) * 2 * F + f;
+                    two[r] = gate_gradient(T::get(row), T::get(row + F),
+                                           load(&wide[(i + r) * F + f]));
+                    T::put(both + (i + r) * 2 * F + f, two[r].gate);
+                    T::put(both + (i + r) * 2 * F + F + f, two[r].up);
+                }
+                auto put = [&](Factor& to, long c, Lanes a, Lanes b) {
+                    T::put_rows(to.at(before + i / N, c), to.width(c), a, b);
+                };
+                put(span.hidden, f, two[0].hidden, two[1].hidden);
+                put(span.gate_up, f, two[0].gate, two[1].gate);
+                put(span.gate_up, F + f, two[0].up, two[1].up);
+            }
+        Base::add(gated.data(), gate_up, 2 * F);
+    }
+};
+
+template <class T>
+struct Backward : SwiglusBackward<T> {
+    using Base = SwiglusBackward<T>;
+    using typename Base::Number;
+    using Base::D, Base::live, Base::residual;
+    using SwiglusBackward<T>::SwiglusBackward;
 
     // From the gradient in the residual, and rounded, to that of the mixing's input.
     virtual void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) = 0;
-
-    static Number* numbers(float* p) { return reinterpret_cast<Number*>(p); }
-
-    void begin(long sequences) {
-        count = sequences;
-        live = count * L;
-        rows = padded(live, 2);
-    }
 
     // One block of a group, the span's of that number: grad [positions, D] in place. `weights` as of
     // y W, `kept` of this group.
@@ -101,7 +137,7 @@ struct Backward {
                float* grad) {
         memcpy(residual.data(), grad, live * D * 4);
         norm(kept.out, kept.out_scale);
-        channels(weights, kept, span, group);
+        Base::swiglu(weights.down, weights.gate_up, kept.normed, kept.gate_up, span, group);
         norm(kept.normed, kept.scale);
         mix(weights, kept, span, group);
         memcpy(grad, residual.data(), live * D * 4);
@@ -118,52 +154,9 @@ struct Backward {
             for (long d = 0; d < D; d += W) {
                 const Lanes x = (load(row + d) - T::get(out + d) * mean) * scale[i];
                 store(row + d, x);
-                T::put(numbers(narrow.data()) + i * D + d, x);
+                T::put(Base::rounded() + i * D + d, x);
             }
         }
-    }
-
-    // Rows of numbers as a product that sums over rows reads them; a zero row to an even number.
-    void by_rows(const Number* from, Factor& to, long before) const {
-        for (long j = 0; j < rows; j += 2)
-            for (long c = 0; c < to.columns; c += W) {
-                const Number* row = from + j * to.columns + c;
-                const Lanes second = j + 1 < live ? T::get(row + to.columns) : Lanes{};
-                T::put_rows(to.at(before + j / N, c), to.width(c), T::get(row), second);
-            }
-    }
-
-    void channels(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) {
-        const long before = group * span.group_rows / N;
-        by_rows(numbers(narrow.data()), span.down, before);
-        by_rows(kept.normed, span.normed, before);
-        product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.down, D / N, F),
-                   [&](long i, long f, Lanes x) { store(&wide[i * F + f], x); });
-        Number* both = numbers(gated.data());
-        for (long i = 0; i < rows; i += 2)
-            for (long f = 0; f < F; f += W) {
-                Gate two[2] = {};
-                for (long r = 0; r < 2 && i + r < live; r++) {
-                    const Number* row = kept.gate_up + (i + r) * 2 * F + f;
-                    two[r] = gate_gradient(T::get(row), T::get(row + F),
-                                           load(&wide[(i + r) * F + f]));
-                    T::put(both + (i + r) * 2 * F + f, two[r].gate);
-                    T::put(both + (i + r) * 2 * F + F + f, two[r].up);
-                }
-                auto put = [&](Factor& to, long c, Lanes a, Lanes b) {
-                    T::put_rows(to.at(before + i / N, c), to.width(c), a, b);
-                };
-                put(span.hidden, f, two[0].hidden, two[1].hidden);
-                put(span.gate_up, f, two[0].gate, two[1].gate);
-                put(span.gate_up, F + f, two[0].up, two[1].up);
-            }
-        add(gated.data(), weights.gate_up, 2 * F);
-    }
-
-    void add(const float* a, const float* weight, long fan) {
-        product<T>(a, fan / N, 1, rows, in_panels(weight, fan / N, D), [&](long i, long d, Lanes x) {
-            store(&residual[i * D + d], load(&residual[i * D + d]) + x);
-        });
     }
 };
 
@@ -221,7 +214,7 @@ struct MixerBackward : Backward<T> {
     Buffer columns, hidden, gates, x;
 
     explicit MixerBackward(const Shape& s)
-        : Base(s), M(s.mixing), LN(padded(L, N) / N), LP(padded(L, W)), columns((L + 1) * D),
+        : Base(s, s.mixing * s.dim), M(s.mixing), LN(padded(L, N) / N), LP(padded(L, W)), columns((L + 1) * D),
           hidden(M * D / N), gates(2 * M * D / N), x(LP * D / N) {}
 
     void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) override {
@@ -229,16 +222,12 @@ struct MixerBackward : Backward<T> {
             const long sequence = group * shape.group() + s;
             float* g = &residual[s * L * D];
             memcpy(span.second.at(0, sequence * L), &narrow[s * L * D / N], L * D / N * 4);
-            for (long j = 0; j < L; j += 2)
-                for (long d = 0; d < D; d += W) {
-                    const Lanes second = j + 1 < L ? load(g + (j + 1) * D + d) : Lanes{};
-                    T::put_rows(&columns[j / N * D + d], D, load(g + j * D + d), second);
-                }
+            pair_rows<T>(g, L, D, columns.data());
             product<T>(weights.second, row_lanes<T>(L), 1, M, {columns.data(), LN, D},
                        [&](long m, long d, Lanes sum) { store(&wide[m * D + d], sum); });
             const Number* both = kept.first + s * 2 * M * D;
             Number* left = numbers(span.first.at(0, sequence * 2 * M));
-            Number* rows = numbers(hidden.data());
+            Number* on = numbers(hidden.data());
             for (long m = 0; m < M; m += 2)
                 for (long d = 0; d < D; d += W) {
                     Gate two[2];
@@ -246,7 +235,7 @@ struct MixerBackward : Backward<T> {
                         const long at = (m + r) * D + d, up = M * D + at;
                         two[r] = gate_gradient(T::get(both + at), T::get(both + up),
                                                load(&wide[at]));
-                        T::put(rows + at, two[r].hidden);
+                        T::put(on + at, two[r].hidden);
                         T::put(left + at, two[r].gate);
                         T::put(left + up, two[r].up);
                     }
@@ -263,11 +252,11 @@ struct MixerBackward : Backward<T> {
         }
     }
 
-    // [rows, D / N] -> [D / N, rows]
-    void transposed(const Buffer& in, long rows, float* out) const {
-        for (long j = 0; j < rows; j += W)
+    // [height, D / N] -> [D / N, height]
+    void transposed(const Buffer& in, long height, float* out) const {
+        for (long j = 0; j < height; j += W)
             for (long u = 0; u < D / N; u += W)
-                transpose(in.data() + j * (D / N) + u, D / N, out + u * rows + j, rows);
+                transpose(in.data() + j * (D / N) + u, D / N, out + u * height + j, height);
     }
 };
 
@@ -318,7 +307,7 @@ struct Chunk {
     int weight;
     long row, rows;
 };
-inline std::vector<Chunk> chunks(const Shape& s) {
+inline std::vector<Chunk> chunks_of(const Shape& s) {
     const long out[] = {s.mixing ? 2 * s.mixing : 3 * s.dim, s.mixing ? s.length : s.dim,
                         2 * s.ffn, s.dim};
     std::vector<Chunk> all;

@@ -11,9 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gram_core.fused.library import POINTERS, call, operations, places, products
-
-VECTOR = 32  # numbers: widths are multiples of it
+from gram_core.fused.library import VECTOR, array, call, fields, operations, products
 
 
 def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -22,7 +20,7 @@ def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
     dim, ffn = x.shape[-1], weights[1].shape[-1]
     shapes = [(2 * ffn, dim), (dim, ffn)] * (len(weights) // 2)
     return (
-        dim % VECTOR == ffn % VECTOR == 0
+        dim % (2 * VECTOR) == ffn % (2 * VECTOR) == 0
         and all(w.dtype == torch.float32 for w in weights)
         and [tuple(w.shape) for w in weights] == shapes
     )
@@ -38,16 +36,11 @@ def heads(x: Float[Tensor, "... D"], weights: Sequence[Tensor]) -> list[Float[Te
 class _Call(ctypes.Structure):
     """HeadsCall of heads_call.h."""
 
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("weights", POINTERS),
-        ("out", POINTERS),
-        ("kept", ctypes.c_void_p),
-        ("out_grad", POINTERS),
-        ("x_back", ctypes.c_void_p),
-        ("weights_back", POINTERS),
-        *((name, ctypes.c_long) for name in ("positions", "dim", "ffn", "heads")),
-        *((name, ctypes.c_int) for name in ("half", "threads")),
+    _fields_ = fields(
+        "x *weights *out kept *out_grad x_back *weights_back",
+        "positions dim ffn heads",
+        "",
+        "half threads",
     )
 
 
@@ -55,7 +48,7 @@ def _run(name: str, like: Tensor, weights: list[Tensor], half: bool, **others: A
     weights = [w.contiguous() for w in weights]
     dim = like.shape[-1]
     call(name, _Call(
-        weights=places(weights), positions=like.numel() // dim, dim=dim, ffn=weights[1].shape[1],
+        weights=array(weights), positions=like.numel() // dim, dim=dim, ffn=weights[1].shape[1],
         heads=len(weights) // 2, half=half, threads=torch.get_num_threads(), **others,
     ))  # fmt: skip
 
@@ -63,9 +56,7 @@ def _run(name: str, like: Tensor, weights: list[Tensor], half: bool, **others: A
 def _heads(x: Tensor, weights: list[Tensor], half: bool) -> tuple[list[Tensor], Tensor]:
     x = x.contiguous()
     out, kept = _like_heads(x, weights, half)
-    _run(
-        "gram_heads", x, weights, half, x=x.data_ptr(), out=places(out), kept=kept.data_ptr()
-    )  # fmt: skip
+    _run("gram_heads", x, weights, half, x=x.data_ptr(), out=array(out), kept=kept.data_ptr())
     return out, kept
 
 
@@ -81,12 +72,12 @@ def _like_heads(x: Tensor, weights: list[Tensor], half: bool) -> tuple[list[Tens
 def _heads_backward(
     grads: list[Tensor], kept: Tensor, weights: list[Tensor], half: bool
 ) -> list[Tensor]:
-    grads = [grad.contiguous() for grad in grads]
+    grads, kept = [grad.contiguous() for grad in grads], kept.contiguous()
     x = torch.empty_like(grads[0])
     out = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights]
     _run(
-        "gram_heads_backward", x, weights, half, out_grad=places(grads), kept=kept.data_ptr(),
-        x_back=x.data_ptr(), weights_back=places(out),
+        "gram_heads_backward", x, weights, half, out_grad=array(grads), kept=kept.data_ptr(),
+        x_back=x.data_ptr(), weights_back=array(out),
     )  # fmt: skip
     return [x, *out]
 
@@ -94,11 +85,14 @@ def _heads_backward(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     _, weights, ctx.half = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # there would be one as large as what is kept
     ctx.save_for_backward(output[1], *weights)
+    ctx.shape = output[0][0].shape
 
 
-def _back(ctx: Any, grads: list[Tensor], *_: Any) -> tuple[Tensor, list[Tensor], None]:
+def _back(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Tensor, list[Tensor], None]:
     kept, *weights = ctx.saved_tensors
+    grads = [weights[0].new_zeros(ctx.shape) if grad is None else grad for grad in grads]
     x, *back = torch.ops.gram.heads_backward(grads, kept, weights, ctx.half)
     return x, back, None
 

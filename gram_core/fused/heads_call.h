@@ -14,14 +14,15 @@ struct HeadsCall {
     const float* x;
     const float* const* weights;  // gate and up, down, of each head
     float* const* out;
-    void* kept;  // x and each head's gate and up; null: nothing is kept
+    void* kept;  // x and each head's gate and up
     const float* const* out_grad;
     float* x_back;
     float* const* weights_back;
     long positions, dim, ffn, heads;
     int half, threads;
-    // Positions for sequences of one.
+    // Positions as sequences of one, and no stack.
     Shape shape() const { return {positions, 1, dim, 1, ffn, 0, 0}; }
+    int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
     long whole() const { return positions * dim; }
     template <class T>
     typename T::Number* kept_x() const {
@@ -52,34 +53,29 @@ template <class T>
 int run_heads(const HeadsCall& c) {
     const Shape s = c.shape();
     Packing<T> packing;
-    std::vector<Swiglu> heads;
-    try {
-        heads = c.template laid_out<T>(packing, false);
-    } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
-    }
+    const std::vector<Swiglu> heads = c.template laid_out<T>(packing, false);
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(c.team())
     {
 #pragma omp for schedule(dynamic)
         for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
-        std::unique_ptr<HeadsWorker<T>> mine;
+        std::unique_ptr<Swiglus<T>> mine;
         try {
-            mine.reset(new HeadsWorker<T>(s, 0, 0, 0));
+            mine.reset(new Swiglus<T>(s));
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
         for (long g = 0; g < s.groups(); g++) {
             if (!mine) continue;
-            const long first = g * s.group(), count = std::min(s.group(), s.batch - first);
-            mine->begin(count);
-            for (long i = 0; i < count * c.dim; i += W)
-                T::put(mine->rounded() + i, load(c.x + first * c.dim + i));
-            if (c.kept) mine->keep(mine->narrow, c.template kept_x<T>() + first * c.dim, c.dim);
+            mine->begin(g);
+            const long at = mine->first * c.dim;
+            for (long i = 0; i < mine->live * c.dim; i += W)
+                T::put(mine->rounded() + i, load(c.x + at + i));
+            mine->keep(mine->narrow, c.template kept_x<T>() + at, c.dim);
             for (long k = 0; k < c.heads; k++)
-                mine->head(heads[k], c.out[k] + first * c.dim,
-                           c.kept ? c.template gate_up<T>(k) + first * 2 * c.ffn : nullptr);
+                head_forward<T>(*mine, heads[k], c.out[k] + at,
+                                c.template gate_up<T>(k) + mine->first * 2 * c.ffn);
         }
     }
     return failed;
@@ -89,27 +85,22 @@ template <class T>
 int run_heads_backward(const HeadsCall& c) {
     const Shape s = c.shape();
     Packing<T> packing;
-    std::vector<Swiglu> heads;
-    try {
-        heads = c.template laid_out<T>(packing, true);
-    } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
-    }
-    const std::vector<Chunk> jobs = chunks(s);
+    const std::vector<Swiglu> heads = c.template laid_out<T>(packing, true);
+    const std::vector<Chunk> chunks = chunks_of(s);
     std::vector<long> sizes;
     for (long k = 0; k < 2 * c.heads; k++) sizes.push_back((2 - k % 2) * c.ffn * c.dim);
-    Sums sums(c.weights_back, sizes, c.threads);
+    Sums sums(c.weights_back, sizes, c.team());
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(c.team())
     {
         const long me = omp_get_thread_num(), team = omp_get_num_threads();
 #pragma omp for schedule(dynamic)
         for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
-        std::unique_ptr<HeadsBackward<T>> mine;
+        std::unique_ptr<SwiglusBackward<T>> mine;
         std::vector<Span<T>> spans;  // of each head
         std::vector<float*> weights;
         try {
-            mine.reset(new HeadsBackward<T>(s));
+            mine.reset(new SwiglusBackward<T>(s));
             for (long k = 0; k < c.heads; k++) spans.emplace_back(s);
             weights = sums.of(me);
         } catch (const std::bad_alloc&) {
@@ -120,21 +111,22 @@ int run_heads_backward(const HeadsCall& c) {
         for (long start = begin; start < stop && !failed; start += SPAN) {
             const long end = std::min(stop, start + SPAN);
             for (long g = start; g < end; g++) {
-                const long first = g * s.group(), at = first * c.dim;
-                mine->begin(std::min(s.group(), s.batch - first));
+                mine->begin(g);
+                const long at = mine->first * c.dim, size = mine->live * c.dim;
                 std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
                 for (long k = 0; k < c.heads; k++) {
-                    Kept<T> kept;
-                    kept.normed = c.template kept_x<T>() + at;
-                    kept.gate_up = c.template gate_up<T>(k) + first * 2 * c.ffn;
-                    mine->head(heads[k], c.out_grad[k] + at, kept, spans[k], g - start);
+                    for (long i = 0; i < size; i += W)
+                        T::put(mine->rounded() + i, load(c.out_grad[k] + at + i));
+                    mine->swiglu(heads[k].down, heads[k].gate_up, c.template kept_x<T>() + at,
+                                 c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
+                                 g - start);
                 }
-                memcpy(c.x_back + at, mine->residual.data(), mine->live * c.dim * 4);
+                memcpy(c.x_back + at, mine->residual.data(), size * 4);
             }
             const long count = std::min(end * s.group(), s.batch) - start * s.group();
             for (long k = 0; k < c.heads; k++) {
                 float* const to[] = {nullptr, nullptr, weights[2 * k], weights[2 * k + 1]};
-                for (const Chunk& job : jobs) sum_chunk<T>(s, spans[k], job, count, to);
+                for (const Chunk& chunk : chunks) sum_chunk<T>(s, spans[k], chunk, count, to);
             }
         }
         if (!failed) sums.gather(team);

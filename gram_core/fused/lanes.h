@@ -17,7 +17,7 @@
 
 namespace {  // what is in no library cannot be taken from another
 
-// What a call returns but for 0.
+// What a call returns, but for 0: not a format, width or size of these files; no memory.
 constexpr int UNFIT = 1, NO_MEMORY = 2;
 
 // A tile of a product is ROWS x COLUMNS vectors: as many sums as the registers hold beside factors.

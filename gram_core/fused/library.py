@@ -1,11 +1,11 @@
 """Operations on a CPU whose intermediate results stay in its caches: attention
-(`gram_core.fused.attention`) and whole transitions (`gram_core.fused.transition`).
+(`gram_core.fused.attention`), a Gaussian's heads (`heads`), and whole transitions (`transition`).
 
 As operations of torch's, compiled or not, what lies between two products is written to memory and
 read back, and at small widths more time goes there than into the products.
 `gram_core.model` is what they compute: it asks whether they fit, and computes by itself what does
-not fit. The C++ beside this file is compiled at first use, in some ten seconds, by this machine's
-g++ for this machine's processor, and kept below `TORCH_EXTENSIONS_DIR` (by default
+not fit. The C++ beside this file is compiled at first use, in some twenty seconds, by this
+machine's g++ for this machine's processor, and kept below `TORCH_EXTENSIONS_DIR` (by default
 ~/.cache/torch_extensions), where torch keeps such things.
 """
 
@@ -50,7 +50,8 @@ def fuse() -> bool:
     It does not, silently, where there is no g++ or no AVX2, and with a warning where compiling or
     loading fails. Results differ from those of separate operations by rounding; in bfloat16 they
     are closer to the exact ones, for less is rounded between products. They are the same
-    whatever rows are computed together, and for any number of threads."""
+    whatever rows are computed together, and for any number of threads; but for the gradients of
+    weights, whose sums depend on both."""
     if process.library is not None or shutil.which("g++") is None:
         return process.library is not None
     try:
@@ -100,11 +101,23 @@ def _compiled(macros: str) -> ctypes.CDLL:
     return loaded
 
 
+VECTOR = 16  # numbers: widths are multiples of it, with gradients of two
 POINTERS = ctypes.POINTER(ctypes.c_void_p)
 
 
-def places(tensors: Iterable[Tensor | None]) -> Any:
-    """An array of where they are, for a field of `POINTERS`."""
+def fields(places: str, sizes: str, numbers: str, flags: str) -> list[tuple[str, Any]]:
+    """Those of a call's structure, by name: places (with a star: arrays of places), integers,
+    float32 and flags."""
+    return [
+        *((x.strip("*"), POINTERS if "*" in x else ctypes.c_void_p) for x in places.split()),
+        *((x, ctypes.c_long) for x in sizes.split()),
+        *((x, ctypes.c_float) for x in numbers.split()),
+        *((x, ctypes.c_int) for x in flags.split()),
+    ]
+
+
+def array(tensors: Iterable[Tensor | None]) -> Any:
+    """An array of where they are, for a field of `fields`."""
     found = [None if t is None else t.data_ptr() for t in tensors]
     return (ctypes.c_void_p * len(found))(*found)
 

@@ -108,7 +108,7 @@ struct Packing {
     long lanes = 0;
     Raw memory;
 
-    // What it will be; null stays null.
+    // Where it will lie, in lanes.
     long add(Side side, const float* weight, long out, long in) {
         jobs.push_back({side, weight, out, in, lanes});
         lanes += padded(lanes_of<T>(side, out, in), W);

@@ -32,8 +32,9 @@ inline Lanes silu(Lanes x) { return x / (exponential(-x) + 1.f); }
 template <class T>
 struct Kept {
     using Number = typename T::Number;
-    Number *x = nullptr, *first, *mixed, *normed, *gate_up, *out;
-    float *scale, *out_scale;  // of the norms, one a position
+    Number *x = nullptr, *first = nullptr, *mixed = nullptr, *normed = nullptr,
+           *gate_up = nullptr, *out = nullptr;
+    float *scale = nullptr, *out_scale = nullptr;  // of the norms, one a position
 
     Kept() = default;
     Kept(const Shape& s, void* numbers, float* scales, long application, long block) {
@@ -71,56 +72,102 @@ struct Kept {
     }
 };
 
+// A group of sequences: its residual in float32, and rounded.
 template <class T>
-struct Worker {
+struct Group {
     using Number = typename T::Number;
     static constexpr int N = T::IN_LANE;
     const Shape shape;
     const long L, D, F, most;  // most: rows of a group, which are padded to an even number
-    const float eps;
-    long count = 0, live = 0, rows = 0;  // of this group: sequences, positions, those padded
-    Buffer residual, narrow, wide, hidden;
+    // Of this one: its first sequence, sequences, positions, those padded.
+    long first = 0, count = 0, live = 0, rows = 0;
+    Buffer residual, narrow;
 
-    Worker(const Shape& shape, float eps, long wide_lanes, long hidden_lanes)
+    explicit Group(const Shape& shape)
         : shape(shape), L(shape.length), D(shape.dim), F(shape.ffn),
-          most(padded(shape.group() * L, 2)), eps(eps), residual(most * D), narrow(most * D / N),
-          wide(std::max(wide_lanes, most * 2 * F)), hidden(std::max(hidden_lanes, most * F / N)) {}
-    virtual ~Worker() = default;
-
-    // residual += the mixing of positions
-    virtual void mix(const Packed& weights, const Kept<T>& kept) = 0;
+          most(padded(shape.group() * L, 2)), residual(most * D), narrow(most * D / N) {}
+    virtual ~Group() = default;
 
     static Number* numbers(float* p) { return reinterpret_cast<Number*>(p); }
     Number* rounded() { return numbers(narrow.data()); }
 
-    void begin(long sequences) {
-        count = sequences;
-        live = sequences * L;
+    void begin(long group) {
+        first = group * shape.group();
+        count = std::min(shape.group(), shape.batch - first);
+        live = count * L;
         rows = padded(live, 2);
     }
 
-    // The blocks of residual + added; their output is in the residual, and rounded. `kept` is of the
-    // first block, and of this group; without an x nothing is kept.
+    void keep(const Buffer& from, Number* to, long width) const {
+        memcpy(to, from.data(), live * width * sizeof(Number));
+    }
+
+    // residual += a W, [rows, fan] by a weight that is laid out
+    void add(const float* a, const float* weight, long fan) {
+        product<T>(a, fan / N, 1, rows, in_panels(weight, fan / N, D), [&](long i, long d, Lanes x) {
+            store(&residual[i * D + d], load(&residual[i * D + d]) + x);
+        });
+    }
+};
+
+template <class T>
+struct Swiglus : Group<T> {
+    using Base = Group<T>;
+    using typename Base::Number;
+    using Base::D, Base::F, Base::live, Base::N, Base::narrow, Base::numbers, Base::rows;
+    Buffer wide, hidden;
+
+    explicit Swiglus(const Shape& s, long wide_lanes = 0, long hidden_lanes = 0)
+        : Base(s), wide(std::max(wide_lanes, Base::most * 2 * F)),
+          hidden(std::max(hidden_lanes, Base::most * F / N)) {}
+
+    // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up stay in `wide`,
+    // and are kept, if anywhere.
+    void gate(const float* gate_up, Number* kept) {
+        product<T>(narrow.data(), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F),
+                   [&](long i, long f, Lanes x) { store(&wide[i * 2 * F + f], x); });
+        for (long i = 0; i < rows; i++) {
+            const float *gate = &wide[i * 2 * F], *up = gate + F;
+            for (long f = 0; f < F; f += W)
+                T::put(numbers(hidden.data()) + i * F + f, silu(load(gate + f)) * load(up + f));
+        }
+        if (kept)
+            for (long i = 0; i < live * 2 * F; i += W) T::put(kept + i, load(&wide[i]));
+    }
+};
+
+template <class T>
+struct Worker : Swiglus<T> {
+    using Base = Swiglus<T>;
+    using typename Base::Number;
+    using Base::D, Base::F, Base::hidden, Base::live, Base::narrow, Base::residual, Base::shape;
+    const float eps;
+
+    Worker(const Shape& s, float eps, long wide_lanes, long hidden_lanes)
+        : Base(s, wide_lanes, hidden_lanes), eps(eps) {}
+
+    // residual += the mixing of positions
+    virtual void mix(const Packed& weights, const Kept<T>& kept) = 0;
+
+    // The blocks of residual + added; their output is in the residual, and rounded. `kept` of each
+    // block, of all positions, or null.
     void stack(const float* added, const Packed* weights, const Kept<T>* kept) {
         for (long i = 0; i < live * D; i += W) {
             const Lanes x = load(&residual[i]) + load(added + i);
             store(&residual[i], x);
-            T::put(rounded() + i, x);
+            T::put(Base::rounded() + i, x);
         }
-        if (kept) keep(narrow, kept->x, D);
         for (long b = 0; b < shape.blocks; b++) {
-            const Kept<T> here = kept ? kept[b] : Kept<T>();
+            const Kept<T> here = kept ? kept[b].from(shape, Base::first) : Kept<T>();
+            if (here.x && !b) Base::keep(narrow, here.x, D);
             mix(weights[b], here);
-            norm(here.x ? here.scale : nullptr);
-            if (here.x) keep(narrow, here.normed, D);
-            channels(weights[b], here);
-            norm(here.x ? here.out_scale : nullptr);
-            if (here.x) keep(narrow, here.out, D);
+            norm(here.scale);
+            if (here.x) Base::keep(narrow, here.normed, D);
+            Base::gate(weights[b].gate_up, here.gate_up);
+            Base::add(hidden.data(), weights[b].down, F);
+            norm(here.out_scale);
+            if (here.x) Base::keep(narrow, here.out, D);
         }
-    }
-
-    void keep(Buffer& from, Number* to, long width) {
-        memcpy(to, from.data(), live * width * sizeof(Number));
     }
 
     // RMSNorm of the residual, in place and rounded.
@@ -134,36 +181,22 @@ struct Worker {
             for (long d = 0; d < D; d += W) {
                 const Lanes x = load(row + d) * scale;
                 store(row + d, x);
-                T::put(rounded() + i * D + d, x);
+                T::put(Base::rounded() + i * D + d, x);
             }
         }
     }
-
-    void add(const float* a, const float* weight, long fan_in) {
-        product<T>(a, fan_in / N, 1, rows, in_panels(weight, fan_in / N, D),
-                   [&](long i, long d, Lanes x) {
-                       store(&residual[i * D + d], load(&residual[i * D + d]) + x);
-                   });
-    }
-
-    // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up stay in `wide`.
-    void gate(const float* gate_up) {
-        product<T>(narrow.data(), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F),
-                   [&](long i, long f, Lanes x) { store(&wide[i * 2 * F + f], x); });
-        for (long i = 0; i < rows; i++) {
-            const float *gate = &wide[i * 2 * F], *up = gate + F;
-            for (long f = 0; f < F; f += W)
-                T::put(numbers(hidden.data()) + i * F + f, silu(load(gate + f)) * load(up + f));
-        }
-    }
-
-    void channels(const Packed& weights, const Kept<T>& kept) {
-        gate(weights.gate_up);
-        if (kept.x)
-            for (long i = 0; i < live * 2 * F; i += W) T::put(kept.gate_up + i, load(&wide[i]));
-        add(hidden.data(), weights.down, F);
-    }
 };
+
+// [length, width] of float32 as a product that sums over rows reads it.
+template <class T>
+void pair_rows(const float* x, long length, long width, float* to) {
+    for (long j = 0; j < length; j += 2)
+        for (long d = 0; d < width; d += W) {
+            const float* row = x + j * width + d;
+            const Lanes second = j + 1 < length ? load(row + width) : Lanes{};
+            T::put_rows(to + j / T::IN_LANE * width + d, width, load(row), second);
+        }
+}
 
 template <class T>
 struct AttentionWorker : Worker<T> {
@@ -218,11 +251,7 @@ struct MixerWorker : Worker<T> {
     void mix(const Packed& weights, const Kept<T>& kept) override {
         for (long s = 0; s < count; s++) {
             float* x = &residual[s * L * D];
-            for (long j = 0; j < L; j += 2)
-                for (long d = 0; d < D; d += W) {
-                    const Lanes second = j + 1 < L ? load(x + (j + 1) * D + d) : Lanes{};
-                    T::put_rows(&columns[j / N * D + d], D, load(x + j * D + d), second);
-                }
+            pair_rows<T>(x, L, D, columns.data());
             product<T>(weights.first, row_lanes<T>(L), 1, 2 * M, {columns.data(), LN, D},
                        [&](long m, long d, Lanes sum) { store(&wide[m * D + d], sum); });
             if (kept.x)

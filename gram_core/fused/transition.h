@@ -50,7 +50,7 @@ struct Transitions {
     // u += mean + std * noise
     void guide(const float* noise) {
         if (prior.std_gate_up) {
-            w.gate(prior.std_gate_up);
+            w.gate(prior.std_gate_up, nullptr);
             head(prior.std_down, [&](long at, Lanes x) {
                 x += prior.offset;
                 x = prior.floor + (prior.exponential ? exponential(x) : softplus(x));
@@ -58,7 +58,7 @@ struct Transitions {
             });
         }
         if (prior.mean_gate_up) {
-            w.gate(prior.mean_gate_up);
+            w.gate(prior.mean_gate_up, nullptr);
             head(prior.mean_down, [](long, Lanes x) { return x; });
         }
     }

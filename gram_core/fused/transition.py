@@ -18,9 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gram_core.fused.attention import CHANNELS
-from gram_core.fused.library import POINTERS, call, operations, places, products
-
-VECTOR = 16  # numbers: widths are multiples of it, with gradients of two
+from gram_core.fused.library import VECTOR, array, call, fields, operations, products
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,6 @@ class Stacks:
     heads: int
     cycles: int
     eps: float
-
-    @property
-    def hierarchical(self) -> bool:
-        """Whether there is an f_L."""
-        return len(self.weights) > 4 * self.blocks
 
     def arguments(self) -> tuple[list[Tensor], Tensor | None, list[int]]:
         """As the operations take them."""
@@ -59,8 +52,8 @@ class Prior:
 
 
 def fits(h: Tensor, stacks: Stacks, prior: Prior | None = None) -> bool:
-    """Whether what is `wanted` takes these weights: whole, in float32, in widths of its, and of
-    shapes that go together."""
+    """Whether what is `wanted` takes these weights, with gradients if these are enabled: in
+    float32, in widths of its, and of shapes that go together."""
     weights, rope = stacks.weights, stacks.rope
     _, length, dim = h.shape
     hidden, ffn = weights[1].shape[-1], weights[3].shape[-1]
@@ -114,31 +107,23 @@ def recursion(
     Its gradient has none."""
     if not torch.is_grad_enabled():
         return transitions(h, low, e_x, None, 1, stacks, Prior())
-    u, after, _, _ = torch.ops.gram.recursion(
+    u, low, _, _ = torch.ops.gram.recursion(
         h.float(), low.float(), e_x.float(), *stacks.arguments(), stacks.eps,
         products() == torch.bfloat16,
     )  # fmt: skip
-    # Without f_L, l is passed by: the operation has no gradient for it.
-    return u, after if stacks.hierarchical else low.float()
-
-
-FIELDS = (
-    "h low e_x noise table *stacks *prior h_out low_out kept scales"
-    " h_grad low_grad h_back low_back e_x_back *weights_back"
-)
-SIZES = "batch length dim heads ffn mixing blocks hierarchical cycles transitions"
+    return u, low
 
 
 class _Call(ctypes.Structure):
     """TransitionCall of transition_call.h."""
 
-    _fields_ = (
-        *((name.strip("*"), POINTERS if "*" in name else ctypes.c_void_p)
-          for name in FIELDS.split()),
-        *((name, ctypes.c_long) for name in SIZES.split()),
-        *((name, ctypes.c_float) for name in ("eps", "offset", "floor")),
-        *((name, ctypes.c_int) for name in ("exponential", "half", "threads")),
-    )  # fmt: skip
+    _fields_ = fields(
+        "h low e_x noise table *stacks *prior h_out low_out kept scales"
+        " h_grad low_grad h_back low_back e_x_back *weights_back",
+        "batch length dim heads ffn mixing blocks hierarchical cycles transitions kept_numbers",
+        "eps offset floor",
+        "exponential half threads",
+    )
 
 
 def _run(
@@ -155,7 +140,7 @@ def _run(
     tensors = {"table": None if rope is None else rope.float().contiguous(), **tensors}
     call(name, _Call(
         **{key: None if t is None else t.data_ptr() for key, t in tensors.items()},
-        stacks=places(stacks), batch=batch, length=length, dim=dim, heads=heads,
+        stacks=array(stacks), batch=batch, length=length, dim=dim, heads=heads,
         ffn=stacks[3].shape[1], mixing=stacks[1].shape[1] if rope is None else 0, blocks=blocks,
         hierarchical=len(stacks) > 4 * blocks, cycles=cycles,
         threads=torch.get_num_threads(), **others,
@@ -187,7 +172,7 @@ def _transitions(
     _run(
         "gram_transitions", h, stacks, rope, sizes,
         {"h": h, "low": low, "e_x": e_x, "noise": noise, "h_out": out[0], "low_out": out[1]},
-        prior=places([*(prior[: len(mean)] or absent), *(prior[len(mean) :] or absent)]),
+        prior=array([*(prior[: len(mean)] or absent), *(prior[len(mean) :] or absent)]),
         transitions=count, eps=eps, offset=offset, floor=floor, exponential=exponential, half=half,
     )  # fmt: skip
     return out
@@ -210,7 +195,7 @@ def _recursion(
         "gram_transitions", h, stacks, rope, sizes,
         {"h": h, "low": low, "e_x": e_x, "h_out": u, "low_out": after, "kept": kept,
          "scales": scales},
-        prior=places([None] * 4), transitions=1, eps=eps, half=half,
+        prior=array([None] * 4), transitions=1, eps=eps, half=half, kept_numbers=kept.numel(),
     )  # fmt: skip
     return out
 
@@ -226,8 +211,8 @@ def _like_recursion(
     half: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, length, dim), (blocks, _, cycles) = h.shape, sizes
-    # As Kept of stack.h counts them: x; then of each block what mixes positions (and for attention
-    # its output), normed, gate and up, out.
+    # As Kept of stack.h counts them, or the call is refused: x; then of each block what mixes
+    # positions (and for attention its output), normed, gate and up, out.
     mixing = 2 * stacks[1].shape[1] * dim if rope is None else 4 * length * dim
     block = mixing + length * (2 * dim + 2 * stacks[3].shape[1])
     kept = h.new_empty(
@@ -249,14 +234,17 @@ def _recursion_backward(
     half: bool,
 ) -> list[Tensor]:
     h_grad, low_grad = h_grad.contiguous(), low_grad.contiguous()
+    kept, scales = kept.contiguous(), scales.contiguous()
     h, low, e_x = (torch.zeros_like(h_grad) for _ in range(3))
     weights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in stacks]
     _run(
         "gram_recursion_backward", h_grad, stacks, rope, sizes,
         {"kept": kept, "scales": scales, "h_grad": h_grad, "low_grad": low_grad,
          "h_back": h, "low_back": low, "e_x_back": e_x},
-        weights_back=places(weights), half=half,
+        weights_back=array(weights), half=half, kept_numbers=kept.numel(),
     )  # fmt: skip
+    if len(stacks) == 4 * sizes[0]:  # no f_L: l is passed by
+        low.copy_(low_grad)
     return [h, low, e_x, *weights]
 
 
@@ -264,11 +252,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, _, _, stacks, rope, ctx.sizes, _, ctx.half = inputs
     kept, scales = output[2:]
     ctx.mark_non_differentiable(kept, scales)
+    ctx.set_materialize_grads(False)  # there would be one as large as what is kept
     ctx.save_for_backward(kept, scales, rope, *stacks)
+    ctx.shape = output[0].shape
 
 
-def _back(ctx: Any, h_grad: Tensor, low_grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _back(ctx: Any, h_grad: Tensor | None, low_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     kept, scales, rope, *stacks = ctx.saved_tensors
+    h_grad = scales.new_zeros(ctx.shape) if h_grad is None else h_grad
+    low_grad = scales.new_zeros(ctx.shape) if low_grad is None else low_grad
     h, low, e_x, *weights = torch.ops.gram.recursion_backward(
         h_grad, low_grad, kept, scales, stacks, rope, ctx.sizes, ctx.half
     )

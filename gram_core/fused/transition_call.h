@@ -41,10 +41,17 @@ struct TransitionCall {
     float *h_back, *low_back, *e_x_back;
     float* const* weights_back;
     long batch, length, dim, heads, ffn, mixing, blocks, hierarchical, cycles, transitions;
+    long kept_numbers;  // room for so many
     float eps, offset, floor;
     int exponential, half, threads;
     Shape shape() const { return {batch, length, dim, heads, ffn, mixing, blocks}; }
     long stack_count() const { return hierarchical ? 2 : 1; }
+    // Threads that have a group to compute.
+    int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
+    template <class T>
+    bool has_room() const {
+        return !kept || kept_numbers == (cycles + 1) * Kept<T>::of_application(shape());
+    }
 };
 
 // Where the stacks' weights will be in a packing, as products forward or backward take them.
@@ -72,40 +79,37 @@ std::vector<Packed> packed_stacks(const Packing<T>& packing, const std::vector<l
     return all;
 }
 
+// What each application of a stack keeps of each of its blocks.
 template <class T>
-std::vector<Kept<T>> kept_of(const TransitionCall& c, long sequence) {
+std::vector<Kept<T>> kept_of(const TransitionCall& c) {
     std::vector<Kept<T>> all;
-    if (c.kept)
-        for (long a = 0; a <= c.cycles; a++)
-            for (long b = 0; b < c.blocks; b++)
-                all.push_back(Kept<T>(c.shape(), c.kept, c.scales, a, b).from(c.shape(), sequence));
+    for (long a = 0; c.kept && a <= c.cycles; a++)
+        for (long b = 0; b < c.blocks; b++) all.emplace_back(c.shape(), c.kept, c.scales, a, b);
     return all;
 }
 
 template <class T>
 int run_transitions(const TransitionCall& c) {
+    if (!c.template has_room<T>()) return UNFIT;
     const Shape s = c.shape();
     Packing<T> packing;
     const std::vector<long> places = add_stacks(packing, c, false);
-    long head[4] = {-1, -1, -1, -1};
+    long head[4] = {};
     for (int k = 0; k < 4; k++)
         if (c.prior[k])
             head[k] = packing.add(Side::RIGHT, c.prior[k], k % 2 ? c.dim : 2 * c.ffn,
                                   k % 2 ? c.ffn : c.dim);
-    try {
-        packing.allocate();
-    } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
-    }
+    packing.allocate();
     auto place = [&](int k) { return c.prior[k] ? packing[head[k]] : nullptr; };
     const Prior prior{place(0), place(1), place(2), place(3), c.offset, c.floor,
                       c.exponential != 0};
     const std::vector<Packed> blocks = packed_stacks(packing, places);
     const Stacks stacks{c.hierarchical ? blocks.data() + c.blocks : nullptr, blocks.data(),
                         c.cycles};
+    const std::vector<Kept<T>> kept = kept_of<T>(c);
     const long whole = s.positions() * s.dim;
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(c.team())
     {
 #pragma omp for schedule(dynamic)
         for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
@@ -121,13 +125,11 @@ int run_transitions(const TransitionCall& c) {
 #pragma omp for schedule(dynamic)
         for (long g = 0; g < s.groups(); g++) {
             if (!state) continue;
-            const long first = g * s.group(), count = std::min(s.group(), s.batch - first);
-            const long at = first * s.length * s.dim, bytes = count * s.length * s.dim * 4;
-            mine->begin(count);
+            mine->begin(g);
+            const long at = mine->first * s.length * s.dim, bytes = mine->live * s.dim * 4;
             memcpy(state->h.data(), c.h + at, bytes);
             memcpy(state->low.data(), c.low + at, bytes);
             memcpy(state->e_x.data(), c.e_x + at, bytes);
-            const std::vector<Kept<T>> kept = kept_of<T>(c, first);
             for (long t = 0; t < c.transitions; t++)
                 state->step(c.noise ? c.noise + t * whole + at : nullptr,
                             c.kept ? kept.data() : nullptr);
@@ -166,23 +168,21 @@ inline std::vector<long> weight_sizes(const TransitionCall& c) {
 
 template <class T>
 int run_backward(const TransitionCall& c) {
+    if (!c.template has_room<T>()) return UNFIT;
     const Shape s = c.shape();
     const long D = s.dim, L = s.length;
     Packing<T> packing;
     const std::vector<long> places = add_stacks(packing, c, true);
-    try {
-        packing.allocate();
-    } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
-    }
+    packing.allocate();
     const std::vector<Packed> blocks = packed_stacks(packing, places);
-    const std::vector<Chunk> jobs = chunks(s);
+    const std::vector<Kept<T>> kept = kept_of<T>(c);
+    const std::vector<Chunk> chunks = chunks_of(s);
     // The gradient as it goes from application to application: in the end that of the first's
     // argument, l, or h where there is no f_L.
     float* grad = c.hierarchical ? c.low_back : c.h_back;
-    Sums sums(c.weights_back, weight_sizes(c), c.threads);
+    Sums sums(c.weights_back, weight_sizes(c), c.team());
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(c.team())
     {
         const long me = omp_get_thread_num(), team = omp_get_num_threads();
 #pragma omp for schedule(dynamic)
@@ -201,28 +201,26 @@ int run_backward(const TransitionCall& c) {
 #pragma omp barrier
         // Always the same groups to a thread, for their order is that of the sums.
         const long begin = me * s.groups() / team, stop = (me + 1) * s.groups() / team;
-        if (!failed) {
-            const long from = std::min(begin * s.group(), s.batch) * L * D;
-            const long to = std::min(stop * s.group(), s.batch) * L * D;
-            memcpy(grad + from, c.h_grad + from, (to - from) * 4);
+        for (long g = begin; g < stop && !failed; g++) {
+            mine->begin(g);
+            const long at = mine->first * L * D;
+            memcpy(grad + at, c.h_grad + at, mine->live * D * 4);
         }
         for (long a = c.cycles; a >= 0 && !failed; a--)
             for (long b = c.blocks - 1; b >= 0; b--) {
                 const long which = (c.hierarchical && a < c.cycles ? c.blocks : 0) + b;
-                const Kept<T> kept(s, c.kept, c.scales, a, b);
                 for (long start = begin; start < stop; start += SPAN) {
                     const long end = std::min(stop, start + SPAN);
                     for (long g = start; g < end; g++) {
-                        const long first = g * s.group(), at = first * L * D;
-                        const long count = std::min(s.group(), s.batch - first);
-                        mine->begin(count);
-                        mine->block(blocks[which], kept.from(s, first), *span, g - start,
-                                    grad + at);
-                        if (b == 0) hand_on(c, a, at, count * L * D, grad + at);
+                        mine->begin(g);
+                        const long at = mine->first * L * D;
+                        mine->block(blocks[which], kept[a * c.blocks + b].from(s, mine->first),
+                                    *span, g - start, grad + at);
+                        if (b == 0) hand_on(c, a, at, mine->live * D, grad + at);
                     }
                     const long count = std::min(end * s.group(), s.batch) - start * s.group();
-                    for (const Chunk& job : jobs)
-                        sum_chunk<T>(s, *span, job, count, &weights[4 * which]);
+                    for (const Chunk& chunk : chunks)
+                        sum_chunk<T>(s, *span, chunk, count, &weights[4 * which]);
                 }
             }
         if (!failed) sums.gather(team);

@@ -195,15 +195,19 @@ class GRAM(nn.Module):
         count: int,
     ) -> State:
         """The first `count` of T transitions, one after the other. Raises as `prior_transition`."""
-        drawn = noise is not None or not self.config.stochastic
-        grad = torch.is_grad_enabled()
-        if not grad and drawn and wanted(state.h, state.l, e_x) and not cut_up(self):
+        h, low = state.h, state.l
+        drawn = (
+            not self.config.stochastic
+            if noise is None
+            else len(noise) >= count and noise.shape[1:] == h.shape
+        )
+        fusing = count and drawn and not torch.is_grad_enabled() and wanted(h, low, e_x)
+        if fusing and not cut_up(self):
             stacks = self.recursion.stacks()
             prior = fused.Prior() if self.prior_head is None else self.prior_head.fused()
-            if fused.fits(state.h, stacks, prior):
+            if fused.fits(h, stacks, prior):
                 noise = None if noise is None else noise[:count]
-                after = fused.transitions(state.h, state.l, e_x, noise, count, stacks, prior)
-                return State(*after)
+                return State(*fused.transitions(h, low, e_x, noise, count, stacks, prior))
         for t in range(count):
             state = self.prior_transition(state, e_x, None if noise is None else noise[t])
         return state

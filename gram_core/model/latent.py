@@ -104,12 +104,12 @@ class GaussianHead(nn.Module):
         return Prior(mean, std, self.offset, self.floor, self.sigma == "exp")
 
     def forward(self, x: Float[Tensor, "B L I"]) -> Gaussian:
-        out = side_by_side([part for part in (self.mean, self.raw_std) if part is not None], x)
-        std = None
-        if self.raw_std is not None:
-            raw = out.pop().float() + self.offset
-            std = self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
-        if self.mean is not None:
-            return Gaussian(out.pop(), std)
-        assert std is not None, "a head without mean and deviation is guidance 'none'"
-        return Gaussian(torch.zeros_like(std), std)
+        parts = [part for part in (self.mean, self.raw_std) if part is not None]
+        out = iter(side_by_side(parts, x))
+        mean = None if self.mean is None else next(out)
+        if self.raw_std is None:
+            assert mean is not None, "a head without mean and deviation is guidance 'none'"
+            return Gaussian(mean, None)
+        raw = next(out).float() + self.offset
+        std = self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
+        return Gaussian(torch.zeros_like(std) if mean is None else mean, std)

@@ -153,8 +153,8 @@ def _transitions(
         state = model.prior_transitions(state, e_x, noise, together)
         first = _take(state, prior)
         if prior_rows:
-            own_noise = noise[together:, prior]
-            first = model.prior_transitions(first, e_x[prior], own_noise, len(own_noise))
+            prior_noise = noise[together:, prior]
+            first = model.prior_transitions(first, e_x[prior], prior_noise, count - together)
     state, e_x, noise = _take(state, own), e_x[own], noise[:, own]
     e_y = model.embed_answer(batch.target[own]) if guided else e_x
     charged = plain = e_x.new_zeros(len(e_x), dtype=torch.float32)

@@ -17,7 +17,8 @@ class Tagged(nn.Module):
 
 
 def start() -> tuple[State, torch.Tensor]:
-    h, low, e_x = torch.randn(3, 1, 2, 4).unbind(0)
+    """In float64, in which no recursion is fused: stacks are called."""
+    h, low, e_x = torch.randn(3, 1, 2, 4, dtype=torch.float64).unbind(0)
     return State(h, low), e_x
 
 
