@@ -28,7 +28,7 @@ SOURCE = Path(__file__).parent / "entry.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILING = 300  # seconds, at most
 FAILURES: dict[int, tuple[type[Exception], str]] = {
-    1: (ValueError, "no format or width of gram_core/fused"),
+    1: (ValueError, "no format, width or size of gram_core/fused"),
     2: (MemoryError, "no memory for gram_core/fused"),
 }
 

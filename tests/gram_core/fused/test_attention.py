@@ -125,7 +125,7 @@ def test_a_model_cast_to_bfloat16_whole_is_computed_as_such(halves, error, bound
 
 
 def test_what_no_file_is_compiled_for_is_an_error(fusing):
-    with pytest.raises(ValueError, match="no format or width"):
+    with pytest.raises(ValueError, match="no format, width or size"):
         fused.attend(torch.randn(1, 4, 72), rope_table(4, 24, 100.0), 1)
 
 

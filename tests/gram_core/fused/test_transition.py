@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gram_core.fused import library
 from gram_core.fused import transition as fused
@@ -195,6 +196,32 @@ def test_without_noise_a_stochastic_prior_is_refused(fusing):
         model.prior_transitions(state, state.h, None, 1)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 18, 64), (3, 4, 18, 64), (3, 5, 17, 64)])
+def test_noise_of_another_shape_is_refused_as_without(fusing, shape):
+    """Nothing is read beyond it."""
+    model = gram()
+    state = State(*torch.randn(2, 5, model.length, 64))
+    with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
+        model.prior_transitions(state, state.h, torch.randn(shape), 3)
+
+
+def test_noise_that_is_shared_by_all_rows_is(fusing, error):
+    model = gram()
+    state = State(*torch.randn(2, 5, model.length, 64))
+    noise = torch.randn(2, 1, model.length, 64)
+    with torch.no_grad():
+        mine = model.prior_transitions(state, state.h, noise, 2)
+        theirs = model.prior_transitions(state, state.h, noise.expand(-1, 5, -1, -1), 2)
+    assert error(mine.h, theirs.h.double()) < 1e-4
+
+
+def test_no_transition_leaves_the_state(fusing):
+    model = gram()
+    state = State(*torch.randn(2, 5, model.length, 64))
+    with torch.no_grad():
+        assert model.prior_transitions(state, state.h, torch.randn(0, 5, 18, 64), 0) is state
+
+
 @pytest.mark.parametrize("settings", VARIANTS[:2], ids=str)
 def test_rows_do_not_depend_on_their_company_nor_on_threads(fusing, settings):
     model = gram(**settings)
@@ -287,6 +314,51 @@ def test_compiled_it_is_one_graph_with_the_same_bits(fusing, half):
         assert torch.equal(mine, theirs)
     grads = [torch.autograd.grad(out[1].sum() + out[2].sum(), parameters) for out in (plain, fast)]
     assert all(map(torch.equal, *grads))
+
+
+def test_without_an_f_l_the_operation_passes_l_by(fusing):
+    stacks = make("mixer", 9, 32, 2, 32, 1, flat=True).stacks()
+    h, low, e_x = draw(2, 9, 32)
+    low.requires_grad_()
+    _, after, *_ = torch.ops.gram.recursion(h, low, e_x, *stacks.arguments(), stacks.eps, False)
+    after.sum().backward()
+    assert torch.equal(after, low)
+    assert torch.equal(low.grad, torch.ones_like(low))
+
+
+def test_what_was_kept_of_another_size_is_refused(fusing):
+    stacks = make("mixer", 9, 32, 2, 32, 1, flat=False).stacks()
+    h, low, e_x = draw(2, 9, 32)
+    weights, *sizes = stacks.arguments()
+    with torch.no_grad():
+        u, after, kept, scales = torch.ops.gram.recursion(
+            h, low, e_x, weights, *sizes, stacks.eps, False
+        )
+        with pytest.raises(ValueError, match="no format, width or size"):
+            torch.ops.gram.recursion_backward(u, after, kept[:-32], scales, weights, *sizes, False)
+
+
+class Zeros(TorchDispatchMode):
+    """Sizes of the tensors of zeros that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "zeros" in str(func):
+            self.sizes.append(out.numel())
+        return out
+
+
+def test_no_gradient_is_made_of_what_is_kept(fusing):
+    recursion = make("attention", 9, 32, 2, 32, 1, flat=False)
+    state = draw(64, 9, 32)
+    out = recursion(State(*state[:2]), state[2])
+    with Zeros() as zeros:
+        out.h.sum().backward()
+    assert max(zeros.sizes) <= state[0].numel()
 
 
 def test_what_does_not_fit_is_computed_by_separate_operations(monkeypatch):
