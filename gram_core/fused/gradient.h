@@ -267,6 +267,7 @@ void sum(const Factor& left, const Factor& right, long steps, float* grad, long 
                {right.lanes.data(), steps, right.columns, right.depth},
                [&](long o, long i, Lanes x) {
                    float* to = grad + (row + o) * right.columns + i;
+                   __builtin_prefetch(to + PANEL, 1, 2);  // of the next panel
                    store(to, load(to) + x);
                });
 }

@@ -28,6 +28,7 @@ constexpr int W = 8, COLUMNS = 2;
 #endif
 constexpr int ROWS = 6;              // even: bfloat16 goes in pairs of rows
 constexpr long PANEL = COLUMNS * W;  // columns
+constexpr long LINE = 16;            // lanes of a cache line
 
 typedef float Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t Words __attribute__((vector_size(4 * W)));
@@ -109,13 +110,14 @@ struct Half {
 #endif
 
 // One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
-// VECTORS vectors of columns.
+// VECTORS vectors of columns. Meanwhile a cache line a step is fetched from `ahead` on.
 template <class T, int R, int VECTORS, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
-                 Put put) {
+                 const float* ahead, Put put) {
     Lanes sum[R][VECTORS] = {};
     for (long s = 0; s < steps; s++) {
         Lanes right[VECTORS];
+        __builtin_prefetch(ahead + s * LINE, 0, 2);
         for (int c = 0; c < VECTORS; c++) right[c] = load(b + s * width + c * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
@@ -123,7 +125,9 @@ inline void tile(const float* a, long row, long step, const float* b, long width
             for (int c = 0; c < VECTORS; c++)
                 sum[r][c] = T::add(sum[r][c], a[r * row + s * step], right[c]);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
         for (int c = 0; c < VECTORS; c++) put(r, c * W, sum[r][c]);
 }
 
@@ -138,36 +142,46 @@ inline Right in_panels(const float* at, long steps, long columns) {
     return {at, steps, columns, steps};
 }
 
-// R rows by a panel's columns, from c on.
+// R rows by a panel's columns, from c on. What lies behind a panel is read next: meanwhile some of
+// it is fetched, from that line on.
 template <class T, int R, class Put>
-inline void tiles(const float* a, long row, long step, Right b, long c, Put put) {
+inline void tiles(const float* a, long row, long step, Right b, long c, long line, Put put) {
     const long columns = std::min(PANEL, b.columns - c);
     const float* panel = b.at + (b.depth ? c * b.depth : c);
     const long width = b.depth ? columns : b.columns;
+    const bool more = b.depth && line * LINE < columns * b.steps;
+    const float* ahead = more ? panel + columns * b.depth + line * LINE : panel;
     auto here = [&](long r, long d, Lanes x) { put(r, c + d, x); };
     switch (columns / W) {
-        case 4: return tile<T, R, 4>(a, row, step, panel, width, b.steps, here);
-        case 3: return tile<T, R, 3>(a, row, step, panel, width, b.steps, here);
-        case 2: return tile<T, R, 2>(a, row, step, panel, width, b.steps, here);
-        case 1: return tile<T, R, 1>(a, row, step, panel, width, b.steps, here);
+        case 4: return tile<T, R, 4>(a, row, step, panel, width, b.steps, ahead, here);
+        case 3: return tile<T, R, 3>(a, row, step, panel, width, b.steps, ahead, here);
+        case 2: return tile<T, R, 2>(a, row, step, panel, width, b.steps, ahead, here);
+        case 1: return tile<T, R, 1>(a, row, step, panel, width, b.steps, ahead, here);
     }
 }
 
 // put(r, c, sum over s of a[r * row + s * step] * b[s][c]) for ROWS rows and all columns.
 template <class T, class Put>
 inline void stripe(const float* a, long row, long step, Right b, Put put) {
-    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, put);
+    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, 0, put);
 }
 
 // The same for `rows` rows, an even number. A panel of b stays in the caches for all of them.
 template <class T, class Put>
 inline void product(const float* a, long row, long step, long rows, Right b, Put put) {
     for (long c = 0; c < b.columns; c += PANEL) {
-        long i = 0;
-        auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };
-        for (; i + ROWS <= rows; i += ROWS) tiles<T, ROWS>(a + i * row, row, step, b, c, here);
-        if (rows - i == 4) tiles<T, 4>(a + i * row, row, step, b, c, here);
-        if (rows - i == 2) tiles<T, 2>(a + i * row, row, step, b, c, here);
+        long i = 0, tile = 0;
+        auto some = [&](auto height) {
+            auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };
+            tiles<T, height>(a + i * row, row, step, b, c, tile++ * b.steps, here);
+            i += height;
+        };
+        while (rows - i >= 2 * ROWS || rows - i == ROWS || rows - i == ROWS + 2)
+            some(std::integral_constant<int, ROWS>());
+        // Two tiles of 5 rows take less than one of 6 and one of 4.
+        while (rows - i >= 5) some(std::integral_constant<int, 5>());
+        if (rows - i == 4) some(std::integral_constant<int, 4>());
+        if (rows - i == 2) some(std::integral_constant<int, 2>());
     }
 }
 
