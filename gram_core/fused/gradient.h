@@ -55,7 +55,7 @@ struct Span {
         } else {  // plain, sequence by sequence
             first = Factor(1, sequences * 2 * M, D / N);
             x = Factor(1, sequences * padded(L, W), D / N);
-            second = Factor(1, sequences * L + 1, D / N);  // an odd number has a row below it
+            second = Factor(1, sequences * L, D / N);
             mixed = Factor(1, sequences * M, D / N);
         }
     }
@@ -73,7 +73,7 @@ template <class T>
 struct SwiglusBackward : Group<T> {
     using Base = Group<T>;
     using typename Base::Number;
-    using Base::D, Base::F, Base::live, Base::N, Base::narrow, Base::rounded, Base::rows;
+    using Base::D, Base::F, Base::lanes, Base::N, Base::rounded, Base::rows;
     Buffer wide, gated;
 
     explicit SwiglusBackward(const Shape& s, long wide_lanes = 0)
@@ -85,7 +85,7 @@ struct SwiglusBackward : Group<T> {
         for (long j = 0; j < rows; j += 2)
             for (long c = 0; c < to.columns; c += W) {
                 const Number* row = from + j * to.columns + c;
-                const Lanes second = j + 1 < live ? T::get(row + to.columns) : Lanes{};
+                const Lanes second = j + 1 < rows ? T::get(row + to.columns) : Lanes{};
                 T::put_rows(to.at(before + j / N, c), to.width(c), T::get(row), second);
             }
     }
@@ -95,15 +95,15 @@ struct SwiglusBackward : Group<T> {
     void swiglu(const float* down, const float* gate_up, const Number* input, const Number* kept,
                 Span<T>& span, long group) {
         const long before = group * span.group_rows / N;
-        by_rows(rounded(), span.down, before);
+        by_rows(rounded, span.down, before);
         by_rows(input, span.normed, before);
-        product<T>(narrow.data(), D / N, 1, rows, in_panels(down, D / N, F),
+        product<T>(lanes(rounded), D / N, 1, rows, in_panels(down, D / N, F),
                    [&](long i, long f, Lanes x) { store(&wide[i * F + f], x); });
         Number* both = Base::numbers(gated.data());
         for (long i = 0; i < rows; i += 2)
             for (long f = 0; f < F; f += W) {
                 Gate two[2] = {};
-                for (long r = 0; r < 2 && i + r < live; r++) {
+                for (long r = 0; r < 2 && i + r < rows; r++) {
                     const Number* row = kept + (i + r) * 2 * F + f;
                     two[r] = gate_gradient(T::get(row), T::get(row + F),
                                            load(&wide[(i + r) * F + f]));
@@ -125,7 +125,7 @@ template <class T>
 struct Backward : SwiglusBackward<T> {
     using Base = SwiglusBackward<T>;
     using typename Base::Number;
-    using Base::D, Base::live, Base::residual;
+    using Base::D, Base::residual, Base::rounded, Base::rows;
     using SwiglusBackward<T>::SwiglusBackward;
 
     // From the gradient in the residual, and rounded, to that of the mixing's input.
@@ -135,17 +135,17 @@ struct Backward : SwiglusBackward<T> {
     // y W, `kept` of this group.
     void block(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group,
                float* grad) {
-        memcpy(residual.data(), grad, live * D * 4);
+        memcpy(residual.data(), grad, rows * D * 4);
         norm(kept.out, kept.out_scale);
         Base::swiglu(weights.down, weights.gate_up, kept.normed, kept.gate_up, span, group);
         norm(kept.normed, kept.scale);
         mix(weights, kept, span, group);
-        memcpy(grad, residual.data(), live * D * 4);
+        memcpy(grad, residual.data(), rows * D * 4);
     }
 
     // Of y = x / rms(x), in place and rounded.
     void norm(const Number* y, const float* scale) {
-        for (long i = 0; i < live; i++) {
+        for (long i = 0; i < rows; i++) {
             float* row = &residual[i * D];
             const Number* out = y + i * D;
             Lanes sum{};
@@ -154,7 +154,7 @@ struct Backward : SwiglusBackward<T> {
             for (long d = 0; d < D; d += W) {
                 const Lanes x = (load(row + d) - T::get(out + d) * mean) * scale[i];
                 store(row + d, x);
-                T::put(Base::rounded() + i * D + d, x);
+                T::put(rounded + i * D + d, x);
             }
         }
     }
@@ -164,8 +164,8 @@ template <class T>
 struct AttentionBackward : Backward<T> {
     using Base = Backward<T>;
     using typename Base::Number;
-    using Base::by_rows, Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::numbers,
-        Base::rows, Base::shape;
+    using Base::by_rows, Base::count, Base::D, Base::L, Base::lanes, Base::N, Base::numbers,
+        Base::rounded, Base::rows, Base::shape;
     Buffer mixed, qkv;
 
     explicit AttentionBackward(const Shape& s)
@@ -176,11 +176,11 @@ struct AttentionBackward : Backward<T> {
 
     void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) override {
         const long before = group * span.group_rows / N;
-        by_rows(numbers(narrow.data()), span.second, before);
+        by_rows(rounded, span.second, before);
         by_rows(kept.mixed, span.mixed, before);
         by_rows(kept.x, span.x, before);
         Number *grad = numbers(mixed.data()), *out = numbers(qkv.data());
-        product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.second, D / N, D),
+        product<T>(lanes(rounded), D / N, 1, rows, in_panels(weights.second, D / N, D),
                    [&](long i, long d, Lanes x) { T::put(grad + i * D + d, x); });
         const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
@@ -208,7 +208,7 @@ template <class T>
 struct MixerBackward : Backward<T> {
     using Base = Backward<T>;
     using typename Base::Number;
-    using Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::numbers, Base::residual,
+    using Base::count, Base::D, Base::L, Base::N, Base::numbers, Base::residual, Base::rounded,
         Base::shape, Base::wide;
     const long M, LN, LP;
     Buffer columns, hidden, gates, x;
@@ -221,7 +221,7 @@ struct MixerBackward : Backward<T> {
         for (long s = 0; s < count; s++) {
             const long sequence = group * shape.group() + s;
             float* g = &residual[s * L * D];
-            memcpy(span.second.at(0, sequence * L), &narrow[s * L * D / N], L * D / N * 4);
+            memcpy(span.second.at(0, sequence * L), rounded + s * L * D, L * D / N * 4);
             pair_rows<T>(g, L, D, columns.data());
             product<T>(weights.second, row_lanes<T>(L), 1, M, {columns.data(), LN, D},
                        [&](long m, long d, Lanes sum) { store(&wide[m * D + d], sum); });
@@ -245,9 +245,9 @@ struct MixerBackward : Backward<T> {
             memcpy(x.data(), kept.x + s * L * D, L * D * sizeof(Number));
             transposed(hidden, M, span.mixed.at(0, sequence * M));
             transposed(x, LP, span.x.at(0, sequence * LP));
-            product<T>(weights.first, row_lanes<T>(2 * M), 1, padded(L, 2),
-                       {gates.data(), 2 * M / N, D}, [&](long j, long d, Lanes sum) {
-                           if (j < L) store(g + j * D + d, load(g + j * D + d) + sum);
+            product<T>(weights.first, row_lanes<T>(2 * M), 1, L, {gates.data(), 2 * M / N, D},
+                       [&](long j, long d, Lanes sum) {
+                           store(g + j * D + d, load(g + j * D + d) + sum);
                        });
         }
     }
@@ -344,10 +344,10 @@ void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, flo
                            for (long l = 0; j + l < L; l++) at[l] += x[l];
                        });
         else
-            product<T>(span.second.from(q * L + c.row), D / N, 1, padded(c.rows, 2),
+            product<T>(span.second.from(q * L + c.row), D / N, 1, c.rows,
                        {span.mixed.from(q * M), D / N, M}, [&](long j, long m, Lanes x) {
                            float* at = grad + (c.row + j) * M + m;
-                           if (c.row + j < L) store(at, load(at) + x);
+                           store(at, load(at) + x);
                        });
     }
 }

@@ -15,9 +15,7 @@ void head_forward(Swiglus<T>& w, const Swiglu& weights, float* out, typename T::
     constexpr int N = T::IN_LANE;
     w.gate(weights.gate_up, kept);
     product<T>(w.hidden.data(), w.F / N, 1, w.rows, in_panels(weights.down, w.F / N, w.D),
-               [&](long i, long d, Lanes x) {
-                   if (i < w.live) store(out + i * w.D + d, x);
-               });
+               [&](long i, long d, Lanes x) { store(out + i * w.D + d, x); });
 }
 
 }  // namespace

@@ -70,9 +70,9 @@ int run_heads(const HeadsCall& c) {
             if (!mine) continue;
             mine->begin(g);
             const long at = mine->first * c.dim;
-            for (long i = 0; i < mine->live * c.dim; i += W)
-                T::put(mine->rounded() + i, load(c.x + at + i));
-            mine->keep(mine->narrow, c.template kept_x<T>() + at, c.dim);
+            mine->round_into(c.template kept_x<T>() + at);
+            for (long i = 0; i < mine->rows * c.dim; i += W)
+                T::put(mine->rounded + i, load(c.x + at + i));
             for (long k = 0; k < c.heads; k++)
                 head_forward<T>(*mine, heads[k], c.out[k] + at,
                                 c.template gate_up<T>(k) + mine->first * 2 * c.ffn);
@@ -112,11 +112,11 @@ int run_heads_backward(const HeadsCall& c) {
             const long end = std::min(stop, start + SPAN);
             for (long g = start; g < end; g++) {
                 mine->begin(g);
-                const long at = mine->first * c.dim, size = mine->live * c.dim;
+                const long at = mine->first * c.dim, size = mine->rows * c.dim;
                 std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
                 for (long k = 0; k < c.heads; k++) {
                     for (long i = 0; i < size; i += W)
-                        T::put(mine->rounded() + i, load(c.out_grad[k] + at + i));
+                        T::put(mine->rounded + i, load(c.out_grad[k] + at + i));
                     mine->swiglu(heads[k].down, heads[k].gate_up, c.template kept_x<T>() + at,
                                  c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
                                  g - start);

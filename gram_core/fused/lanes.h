@@ -26,7 +26,7 @@ constexpr int W = 16, COLUMNS = 4;
 #else
 constexpr int W = 8, COLUMNS = 2;
 #endif
-constexpr int ROWS = 6;              // even: bfloat16 goes in pairs of rows
+constexpr int ROWS = 6;              // even: in attention bfloat16 goes in pairs of rows
 constexpr long PANEL = COLUMNS * W;  // columns
 constexpr long LINE = 16;            // lanes of a cache line
 
@@ -166,7 +166,7 @@ inline void stripe(const float* a, long row, long step, Right b, Put put) {
     for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, 0, put);
 }
 
-// The same for `rows` rows, an even number. A panel of b stays in the caches for all of them.
+// The same for `rows` rows. A panel of b stays in the caches for all of them.
 template <class T, class Put>
 inline void product(const float* a, long row, long step, long rows, Right b, Put put) {
     for (long c = 0; c < b.columns; c += PANEL) {
@@ -176,12 +176,11 @@ inline void product(const float* a, long row, long step, long rows, Right b, Put
             tiles<T, height>(a + i * row, row, step, b, c, tile++ * b.steps, here);
             i += height;
         };
-        while (rows - i >= 2 * ROWS || rows - i == ROWS || rows - i == ROWS + 2)
-            some(std::integral_constant<int, ROWS>());
-        // Two tiles of 5 rows take less than one of 6 and one of 4.
+        // As many of 6 rows as leave what tiles of 5 take, which are as fast; those of 4 are not.
+        while (rows - i >= ROWS && (rows - i) % 5) some(std::integral_constant<int, ROWS>());
         while (rows - i >= 5) some(std::integral_constant<int, 5>());
-        if (rows - i == 4) some(std::integral_constant<int, 4>());
-        if (rows - i == 2) some(std::integral_constant<int, 2>());
+        while (rows - i >= 2) some(std::integral_constant<int, 2>());
+        if (rows > i) some(std::integral_constant<int, 1>());
     }
 }
 

@@ -32,8 +32,8 @@ enum class Side {
 template <class T>
 long lanes_of(Side side, long out, long in) {
     switch (side) {
-        case Side::LEFT: return padded(out, 2) * row_lanes<T>(in);
-        case Side::BACK_LEFT: return padded(in, 2) * row_lanes<T>(out);
+        case Side::LEFT: return out * row_lanes<T>(in);
+        case Side::BACK_LEFT: return in * row_lanes<T>(out);
         default: return out * in / T::IN_LANE;
     }
 }
@@ -72,14 +72,14 @@ void pack_back_right(const float* weight, long out, long in, float* to) {
     }
 }
 
-// `rows` rows of `columns` numbers, and zero rows to an even number.
+// `rows` rows of `columns` numbers.
 template <class T>
 void pack_rows(const float* from, long row, long column, long rows, long columns, float* to) {
-    for (long o = 0; o < padded(rows, 2); o++) {
+    for (long o = 0; o < rows; o++) {
         auto* out = reinterpret_cast<typename T::Number*>(to + o * row_lanes<T>(columns));
         for (long i = 0; i < columns; i += W) {
             alignas(64) float some[W] = {};
-            for (long c = 0; c < W && i + c < columns && o < rows; c++)
+            for (long c = 0; c < W && i + c < columns; c++)
                 some[c] = from[o * row + (i + c) * column];
             T::put(out + i, load(some));
         }

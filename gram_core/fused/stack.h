@@ -78,29 +78,28 @@ struct Group {
     using Number = typename T::Number;
     static constexpr int N = T::IN_LANE;
     const Shape shape;
-    const long L, D, F, most;  // most: rows of a group, which are padded to an even number
-    // Of this one: its first sequence, sequences, positions, those padded.
-    long first = 0, count = 0, live = 0, rows = 0;
+    const long L, D, F, most;  // most: positions of a group, at the most
+    // Of this one: its first sequence, sequences, positions.
+    long first = 0, count = 0, rows = 0;
     Buffer residual, narrow;
+    Number* rounded;  // [rows, D]: what the next product reads
 
     explicit Group(const Shape& shape)
-        : shape(shape), L(shape.length), D(shape.dim), F(shape.ffn),
-          most(padded(shape.group() * L, 2)), residual(most * D), narrow(most * D / N) {}
+        : shape(shape), L(shape.length), D(shape.dim), F(shape.ffn), most(shape.group() * L),
+          residual(most * D), narrow(most * D / N), rounded(numbers(narrow.data())) {}
     virtual ~Group() = default;
 
     static Number* numbers(float* p) { return reinterpret_cast<Number*>(p); }
-    Number* rounded() { return numbers(narrow.data()); }
+    static const float* lanes(const Number* p) { return reinterpret_cast<const float*>(p); }
 
     void begin(long group) {
         first = group * shape.group();
         count = std::min(shape.group(), shape.batch - first);
-        live = count * L;
-        rows = padded(live, 2);
+        rows = count * L;
     }
 
-    void keep(const Buffer& from, Number* to, long width) const {
-        memcpy(to, from.data(), live * width * sizeof(Number));
-    }
+    // What is rounded next is written where it is kept, if it is.
+    void round_into(Number* kept) { rounded = kept ? kept : numbers(narrow.data()); }
 
     // residual += a W, [rows, fan] by a weight that is laid out
     void add(const float* a, const float* weight, long fan) {
@@ -114,25 +113,33 @@ template <class T>
 struct Swiglus : Group<T> {
     using Base = Group<T>;
     using typename Base::Number;
-    using Base::D, Base::F, Base::live, Base::N, Base::narrow, Base::numbers, Base::rows;
+    using Base::D, Base::F, Base::lanes, Base::N, Base::numbers, Base::rounded, Base::rows;
     Buffer wide, hidden;
 
     explicit Swiglus(const Shape& s, long wide_lanes = 0, long hidden_lanes = 0)
         : Base(s), wide(std::max(wide_lanes, Base::most * 2 * F)),
           hidden(std::max(hidden_lanes, Base::most * F / N)) {}
 
-    // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up stay in `wide`,
-    // and are kept, if anywhere.
+    // Where gate and up are computed: in float32 where they are kept, if they are.
+    float* wide_or(Number* kept) {
+        return N == 1 && kept ? reinterpret_cast<float*>(kept) : wide.data();
+    }
+
+    // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up are kept, if
+    // anywhere.
     void gate(const float* gate_up, Number* kept) {
-        product<T>(narrow.data(), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F),
-                   [&](long i, long f, Lanes x) { store(&wide[i * 2 * F + f], x); });
-        for (long i = 0; i < rows; i++) {
-            const float *gate = &wide[i * 2 * F], *up = gate + F;
-            for (long f = 0; f < F; f += W)
-                T::put(numbers(hidden.data()) + i * F + f, silu(load(gate + f)) * load(up + f));
-        }
-        if (kept)
-            for (long i = 0; i < live * 2 * F; i += W) T::put(kept + i, load(&wide[i]));
+        float* both = wide_or(kept);
+        product<T>(lanes(rounded), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F),
+                   [&](long i, long f, Lanes x) { store(both + i * 2 * F + f, x); });
+        for (long i = 0; i < rows; i++)
+            for (long f = 0; f < F; f += W) {
+                const long at = i * 2 * F + f;
+                const Lanes gate = load(both + at), up = load(both + at + F);
+                T::put(numbers(hidden.data()) + i * F + f, silu(gate) * up);
+                if (N == 1 || !kept) continue;
+                T::put(kept + at, gate);
+                T::put(kept + at + F, up);
+            }
     }
 };
 
@@ -140,7 +147,7 @@ template <class T>
 struct Worker : Swiglus<T> {
     using Base = Swiglus<T>;
     using typename Base::Number;
-    using Base::D, Base::F, Base::hidden, Base::live, Base::narrow, Base::residual, Base::shape;
+    using Base::D, Base::F, Base::hidden, Base::residual, Base::rounded, Base::rows, Base::shape;
     const float eps;
 
     Worker(const Shape& s, float eps, long wide_lanes, long hidden_lanes)
@@ -152,27 +159,30 @@ struct Worker : Swiglus<T> {
     // The blocks of residual + added; their output is in the residual, and rounded. `kept` of each
     // block, of all positions, or null.
     void stack(const float* added, const Packed* weights, const Kept<T>* kept) {
-        for (long i = 0; i < live * D; i += W) {
-            const Lanes x = load(&residual[i]) + load(added + i);
-            store(&residual[i], x);
-            T::put(Base::rounded() + i, x);
-        }
         for (long b = 0; b < shape.blocks; b++) {
             const Kept<T> here = kept ? kept[b].from(shape, Base::first) : Kept<T>();
-            if (here.x && !b) Base::keep(narrow, here.x, D);
+            if (!b) begin_with(added, here.x);
             mix(weights[b], here);
-            norm(here.scale);
-            if (here.x) Base::keep(narrow, here.normed, D);
+            norm(here.normed, here.scale);
             Base::gate(weights[b].gate_up, here.gate_up);
             Base::add(hidden.data(), weights[b].down, F);
-            norm(here.out_scale);
-            if (here.x) Base::keep(narrow, here.out, D);
+            norm(here.out, here.out_scale);
+        }
+    }
+
+    void begin_with(const float* added, Number* kept) {
+        Base::round_into(kept);
+        for (long i = 0; i < rows * D; i += W) {
+            const Lanes x = load(&residual[i]) + load(added + i);
+            store(&residual[i], x);
+            T::put(rounded + i, x);
         }
     }
 
     // RMSNorm of the residual, in place and rounded.
-    void norm(float* scales) {
-        for (long i = 0; i < live; i++) {
+    void norm(Number* kept, float* scales) {
+        Base::round_into(kept);
+        for (long i = 0; i < rows; i++) {
             float* row = &residual[i * D];
             Lanes squares{};
             for (long d = 0; d < D; d += W) squares += load(row + d) * load(row + d);
@@ -181,7 +191,7 @@ struct Worker : Swiglus<T> {
             for (long d = 0; d < D; d += W) {
                 const Lanes x = load(row + d) * scale;
                 store(row + d, x);
-                T::put(Base::rounded() + i * D + d, x);
+                T::put(rounded + i * D + d, x);
             }
         }
     }
@@ -202,7 +212,8 @@ template <class T>
 struct AttentionWorker : Worker<T> {
     using Base = Worker<T>;
     using typename Base::Number;
-    using Base::count, Base::D, Base::L, Base::N, Base::narrow, Base::rows, Base::shape;
+    using Base::count, Base::D, Base::L, Base::lanes, Base::N, Base::rounded, Base::rows,
+        Base::shape;
     Buffer qkv;
 
     AttentionWorker(const Shape& shape, float eps)
@@ -212,16 +223,15 @@ struct AttentionWorker : Worker<T> {
     virtual void head(const Number* qkv, Number* out) = 0;
 
     void mix(const Packed& weights, const Kept<T>& kept) override {
-        Number *in = Base::numbers(qkv.data()), *out = Base::rounded();
-        product<T>(narrow.data(), D / N, 1, rows, in_panels(weights.first, D / N, 3 * D),
+        Number* in = kept.first ? kept.first : Base::numbers(qkv.data());
+        product<T>(lanes(rounded), D / N, 1, rows, in_panels(weights.first, D / N, 3 * D),
                    [&](long i, long c, Lanes sum) { T::put(in + i * 3 * D + c, sum); });
-        if (kept.x) Base::keep(qkv, kept.first, 3 * D);
+        Base::round_into(kept.mixed);
         const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
             for (long h = 0; h < shape.heads; h++)
-                head(in + s * L * 3 * D + h * C, out + s * L * D + h * C);
-        if (kept.x) Base::keep(narrow, kept.mixed, D);
-        Base::add(narrow.data(), weights.second, D);
+                head(in + s * L * 3 * D + h * C, rounded + s * L * D + h * C);
+        Base::add(lanes(rounded), weights.second, D);
     }
 };
 
@@ -239,8 +249,7 @@ struct HeadsOf : AttentionWorker<T> {
 template <class T>
 struct MixerWorker : Worker<T> {
     using Base = Worker<T>;
-    using Base::count, Base::D, Base::hidden, Base::L, Base::N, Base::residual, Base::shape,
-        Base::wide;
+    using Base::count, Base::D, Base::hidden, Base::L, Base::N, Base::residual, Base::shape;
     const long M, LN;  // LN: lanes of the positions
     Buffer columns;
 
@@ -251,21 +260,22 @@ struct MixerWorker : Worker<T> {
     void mix(const Packed& weights, const Kept<T>& kept) override {
         for (long s = 0; s < count; s++) {
             float* x = &residual[s * L * D];
+            typename T::Number* first = kept.first ? kept.first + s * 2 * M * D : nullptr;
+            float* both = Base::wide_or(first);
             pair_rows<T>(x, L, D, columns.data());
             product<T>(weights.first, row_lanes<T>(L), 1, 2 * M, {columns.data(), LN, D},
-                       [&](long m, long d, Lanes sum) { store(&wide[m * D + d], sum); });
-            if (kept.x)
-                for (long i = 0; i < 2 * M * D; i += W)
-                    T::put(kept.first + s * 2 * M * D + i, load(&wide[i]));
+                       [&](long m, long d, Lanes sum) { store(both + m * D + d, sum); });
             for (long m = 0; m < M; m += 2)
                 for (long d = 0; d < D; d += W) {
-                    const float *gate = &wide[m * D + d], *up = &wide[(M + m) * D + d];
+                    const float *gate = both + m * D + d, *up = gate + M * D;
                     T::put_rows(&hidden[m / N * D + d], D, silu(load(gate)) * load(up),
                                 silu(load(gate + D)) * load(up + D));
                 }
-            product<T>(weights.second, row_lanes<T>(M), 1, padded(L, 2),
-                       {hidden.data(), M / N, D}, [&](long j, long d, Lanes sum) {
-                           if (j < L) store(x + j * D + d, load(x + j * D + d) + sum);
+            if (N == 2 && first)
+                for (long i = 0; i < 2 * M * D; i += W) T::put(first + i, load(both + i));
+            product<T>(weights.second, row_lanes<T>(M), 1, L, {hidden.data(), M / N, D},
+                       [&](long j, long d, Lanes sum) {
+                           store(x + j * D + d, load(x + j * D + d) + sum);
                        });
         }
     }

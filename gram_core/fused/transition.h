@@ -33,7 +33,7 @@ struct Transitions {
 
     // `noise` of this group, null without deviation; `kept` of each application's blocks, or null.
     void step(const float* noise, const Kept<T>* kept) {
-        const long blocks = w.shape.blocks, size = w.live * D;
+        const long blocks = w.shape.blocks, size = w.rows * D;
         auto of = [&](long application) { return kept ? kept + application * blocks : nullptr; };
         const bool flat = !stacks.low;
         for (long i = 0; i < size; i += W)
@@ -69,7 +69,7 @@ struct Transitions {
         product<T>(w.hidden.data(), w.F / N, 1, w.rows, in_panels(down, w.F / N, D),
                    [&](long i, long d, Lanes x) {
                        const long at = i * D + d;
-                       if (i < w.live) store(&w.residual[at], load(&w.residual[at]) + part(at, x));
+                       store(&w.residual[at], load(&w.residual[at]) + part(at, x));
                    });
     }
 };

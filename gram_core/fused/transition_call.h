@@ -126,7 +126,7 @@ int run_transitions(const TransitionCall& c) {
         for (long g = 0; g < s.groups(); g++) {
             if (!state) continue;
             mine->begin(g);
-            const long at = mine->first * s.length * s.dim, bytes = mine->live * s.dim * 4;
+            const long at = mine->first * s.length * s.dim, bytes = mine->rows * s.dim * 4;
             memcpy(state->h.data(), c.h + at, bytes);
             memcpy(state->low.data(), c.low + at, bytes);
             memcpy(state->e_x.data(), c.e_x + at, bytes);
@@ -204,7 +204,7 @@ int run_backward(const TransitionCall& c) {
         for (long g = begin; g < stop && !failed; g++) {
             mine->begin(g);
             const long at = mine->first * L * D;
-            memcpy(grad + at, c.h_grad + at, mine->live * D * 4);
+            memcpy(grad + at, c.h_grad + at, mine->rows * D * 4);
         }
         for (long a = c.cycles; a >= 0 && !failed; a--)
             for (long b = c.blocks - 1; b >= 0; b--) {
@@ -216,7 +216,7 @@ int run_backward(const TransitionCall& c) {
                         const long at = mine->first * L * D;
                         mine->block(blocks[which], kept[a * c.blocks + b].from(s, mine->first),
                                     *span, g - start, grad + at);
-                        if (b == 0) hand_on(c, a, at, mine->live * D, grad + at);
+                        if (b == 0) hand_on(c, a, at, mine->rows * D, grad + at);
                     }
                     const long count = std::min(end * s.group(), s.batch) - start * s.group();
                     for (const Chunk& chunk : chunks)
