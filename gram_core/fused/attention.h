@@ -65,6 +65,7 @@ struct Head {
           v(LP * UP * N), s(ROWS * LP), p(N == 1 ? 0 : ROWS * LP) {}
 
     static Number* numbers(float* p) { return reinterpret_cast<Number*>(p); }
+    static const Number* numbers(const float* p) { return reinterpret_cast<const Number*>(p); }
 
     // [LP, UP] -> [UP, LP]
     void transposed(const Buffer& in, Buffer& out) const {
@@ -167,9 +168,8 @@ struct Gradient : Head<T, C> {
             memcpy(&v[j * UP], in + j * stride + 2 * width, C * sizeof(Number));
         }
         Base::transposed(v, vt);
-        Base::by_rows(grad, width, g_rows);
-        Base::by_rows(numbers(q.data()), UP * N, q_rows);
-        Base::by_rows(numbers(k.data()), UP * N, k_rows);
+        const Right by_g = in_rows(g, g_rows, LQ), by_q = in_rows(q, q_rows, LQ),
+                    by_k = in_rows(k, k_rows, LP);
         const float scale = 1 / std::sqrt(float(C));
         for (long i = 0; i < L; i += ROWS) {
             Base::weigh(i);
@@ -178,23 +178,30 @@ struct Gradient : Head<T, C> {
             for (int r = 0; r < ROWS; r += 2) scores(i, r);
             alignas(64) float dq[ROWS * C];
             const float* ds = N == 1 ? &ds_rows[i * LP] : p.data();
-            stripe<T>(ds, LP, 1, {k_rows.data(), LP / N, C},
+            stripe<T>(ds, LP, 1, by_k,
                        [&](long r, long c, Lanes x) { store(dq + r * C + c, x); });
             for (int r = 0; r < ROWS && i + r < L; r++)
                 back(dq + r * C, i + r, scale, out + (i + r) * stride);
         }
         for (long j = 0; j < L; j += ROWS) {
             alignas(64) float dk[ROWS * C];
-            stripe<T>(&ds_rows[j], 1, LP, {q_rows.data(), LQ / N, C},
+            stripe<T>(&ds_rows[j], 1, LP, by_q,
                        [&](long r, long c, Lanes x) { store(dk + r * C + c, x); });
             // Of the factor that q has, the base is taken back.
             for (int r = 0; r < ROWS && j + r < L; r++)
                 back(dk + r * C, j + r, 0.6931471805599453f, out + (j + r) * stride + width);
-            stripe<T>(&p_rows[j], 1, LP, {g_rows.data(), LQ / N, C},
+            stripe<T>(&p_rows[j], 1, LP, by_g,
                        [&](long r, long c, Lanes x) {
                            if (j + r < L) T::put(out + (j + r) * stride + 2 * width + c, x);
                        });
         }
+    }
+
+    // Padded rows as a product that sums over them reads them: float32 as they are.
+    Right in_rows(const Buffer& in, Buffer& paired, long rows) const {
+        if (N == 1) return {in.data(), rows, C};
+        Base::by_rows(numbers(in.data()), UP * N, paired);
+        return {paired.data(), rows / N, C};
     }
 
     // Rows r and r + 1 of the tile from query i on: P and dS.

@@ -17,17 +17,17 @@ constexpr long CHUNK = 48;  // rows of a weight's gradient that are summed one a
 // summed over, two neighbouring rows lie in one lane (bfloat16).
 struct Factor {
     long panel, columns, depth;
-    Buffer lanes;
+    Raw lanes;
 
     Factor() = default;
     Factor(long panel, long columns, long depth)
-        : panel(panel), columns(columns), depth(depth), lanes(columns * depth) {}
+        : panel(panel), columns(columns), depth(depth), lanes(raw(columns * depth)) {}
     long width(long c) const { return std::min(panel, columns - c / panel * panel); }
     float* at(long step, long c) {
         const long start = c / panel * panel;
-        return lanes.data() + start * depth + step * width(c) + c - start;
+        return lanes.get() + start * depth + step * width(c) + c - start;
     }
-    const float* from(long c) const { return lanes.data() + c * depth; }  // a panel
+    const float* from(long c) const { return lanes.get() + c * depth; }  // a panel
 };
 
 // Factors of the weights' gradients, of the groups of one span.
@@ -260,15 +260,19 @@ struct MixerBackward : Backward<T> {
     }
 };
 
-// grad[row .. row + rows) += left^T right, summed over `steps` lanes of positions.
+inline void put(float* to, Lanes x, bool first) { store(to, first ? x : load(to) + x); }
+
+// grad[row .. row + rows) += left^T right, summed over `steps` lanes of positions; or, the first
+// time, in place of what lies there.
 template <class T>
-void sum(const Factor& left, const Factor& right, long steps, float* grad, long row, long rows) {
+void sum(const Factor& left, const Factor& right, long steps, float* grad, long row, long rows,
+         bool first) {
     product<T>(left.from(row), 1, rows, rows,
-               {right.lanes.data(), steps, right.columns, right.depth},
+               {right.from(0), steps, right.columns, right.depth},
                [&](long o, long i, Lanes x) {
                    float* to = grad + (row + o) * right.columns + i;
                    __builtin_prefetch(to + PANEL, 1, 2);  // of the next panel
-                   store(to, load(to) + x);
+                   put(to, x, first);
                });
 }
 
@@ -276,18 +280,18 @@ void sum(const Factor& left, const Factor& right, long steps, float* grad, long 
 struct Sums {
     float* const* out;  // the first thread's
     std::vector<long> sizes;
-    std::vector<std::vector<Buffer>> others;
+    std::vector<std::vector<Raw>> others;
 
     Sums(float* const* out, std::vector<long> sizes, int threads)
         : out(out), sizes(std::move(sizes)), others(threads) {}
 
-    // A thread's own, of zeros.
+    // A thread's own.
     std::vector<float*> of(long thread) {
         if (!thread) return {out, out + sizes.size()};
         std::vector<float*> all;
         for (long size : sizes) {
-            others[thread].emplace_back(size);
-            all.push_back(others[thread].back().data());
+            others[thread].push_back(raw(size));
+            all.push_back(others[thread].back().get());
         }
         return all;
     }
@@ -299,7 +303,7 @@ struct Sums {
 #pragma omp for schedule(static) nowait
             for (long i = 0; i < sizes[k]; i += W)
                 for (long t = 1; t < team; t++)
-                    store(out[k] + i, load(out[k] + i) + load(&others[t][k][i]));
+                    store(out[k] + i, load(out[k] + i) + load(others[t][k].get() + i));
     }
 };
 
@@ -318,9 +322,11 @@ inline std::vector<Chunk> chunks_of(const Shape& s) {
     return all;
 }
 
-// Add a chunk's sum over a span of `sequences` sequences to the gradients of a block's weights.
+// Add a chunk's sum over a span of `sequences` sequences to the gradients of a block's weights, of
+// which the first span finds none.
 template <class T>
-void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, float* const* to) {
+void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, float* const* to,
+               bool first) {
     constexpr int N = T::IN_LANE;
     const long D = s.dim, M = s.mixing, L = s.length;
     const long rest = sequences % s.group();  // of a last group that is not whole
@@ -330,24 +336,23 @@ void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, flo
     float* grad = to[c.weight];
     if (c.weight > 1 || !M) {
         const auto& [left, right] = factors[c.weight];
-        return sum<T>(*left, *right, steps, grad, c.row, c.rows);
+        return sum<T>(*left, *right, steps, grad, c.row, c.rows, first);
     }
     // Of the mixing of positions channels are summed over, sequence by sequence.
     const long width = padded(L, W);
-    for (long q = 0; q < sequences; q++) {
+    for (long q = 0; q < sequences; q++, first = false) {
         if (c.weight == 0)
             product<T>(span.first.from(q * 2 * M + c.row), D / N, 1, c.rows,
                        {span.x.from(q * width), D / N, width},
                        [&](long m, long j, Lanes x) {
                            float* at = grad + (c.row + m) * L + j;
-                           if (j + W <= L) return store(at, load(at) + x);
-                           for (long l = 0; j + l < L; l++) at[l] += x[l];
+                           if (j + W <= L) return put(at, x, first);
+                           for (long l = 0; j + l < L; l++) at[l] = first ? x[l] : at[l] + x[l];
                        });
         else
             product<T>(span.second.from(q * L + c.row), D / N, 1, c.rows,
                        {span.mixed.from(q * M), D / N, M}, [&](long j, long m, Lanes x) {
-                           float* at = grad + (c.row + j) * M + m;
-                           store(at, load(at) + x);
+                           put(grad + (c.row + j) * M + m, x, first);
                        });
     }
 }

@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gram_core.fused.library import VECTOR, array, call, fields, operations, products
+from gram_core.fused.library import (
+    VECTOR,
+    array,
+    call,
+    fields,
+    operations,
+    products,
+    room_for_gradients,
+)
 
 
 def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -74,7 +82,7 @@ def _heads_backward(
 ) -> list[Tensor]:
     grads, kept = [grad.contiguous() for grad in grads], kept.contiguous()
     x = torch.empty_like(grads[0])
-    out = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights]
+    out = room_for_gradients(weights, x)
     _run(
         "gram_heads_backward", x, weights, half, out_grad=array(grads), kept=kept.data_ptr(),
         x_back=x.data_ptr(), weights_back=array(out),

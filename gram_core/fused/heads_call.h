@@ -126,7 +126,7 @@ int run_heads_backward(const HeadsCall& c) {
             const long count = std::min(end * s.group(), s.batch) - start * s.group();
             for (long k = 0; k < c.heads; k++) {
                 float* const to[] = {nullptr, nullptr, weights[2 * k], weights[2 * k + 1]};
-                for (const Chunk& chunk : chunks) sum_chunk<T>(s, spans[k], chunk, count, to);
+                for (const Chunk& chunk : chunks) sum_chunk<T>(s, spans[k], chunk, count, to, start == begin);
             }
         }
         if (!failed) sums.gather(team);

@@ -122,6 +122,13 @@ def array(tensors: Iterable[Tensor | None]) -> Any:
     return (ctypes.c_void_p * len(found))(*found)
 
 
+def room_for_gradients(weights: Iterable[Tensor], of: Tensor) -> list[Tensor]:
+    """Tensors like `weights` for the sums of a backward over the rows of `of`: it fills them, if
+    there are rows."""
+    make = torch.empty_like if of.numel() else torch.zeros_like
+    return [make(w, memory_format=torch.contiguous_format) for w in weights]
+
+
 def call(name: str, arguments: ctypes.Structure) -> None:
     """Call a function of the library's. Raises what it failed by."""
     assert process.library is not None

@@ -18,7 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gram_core.fused.attention import CHANNELS
-from gram_core.fused.library import VECTOR, array, call, fields, operations, products
+from gram_core.fused.library import (
+    VECTOR,
+    array,
+    call,
+    fields,
+    operations,
+    products,
+    room_for_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -236,7 +244,7 @@ def _recursion_backward(
     h_grad, low_grad = h_grad.contiguous(), low_grad.contiguous()
     kept, scales = kept.contiguous(), scales.contiguous()
     h, low, e_x = (torch.zeros_like(h_grad) for _ in range(3))
-    weights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in stacks]
+    weights = room_for_gradients(stacks, h_grad)
     _run(
         "gram_recursion_backward", h_grad, stacks, rope, sizes,
         {"kept": kept, "scales": scales, "h_grad": h_grad, "low_grad": low_grad,

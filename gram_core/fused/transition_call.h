@@ -219,8 +219,9 @@ int run_backward(const TransitionCall& c) {
                         if (b == 0) hand_on(c, a, at, mine->rows * D, grad + at);
                     }
                     const long count = std::min(end * s.group(), s.batch) - start * s.group();
+                    const bool first = start == begin && a >= c.cycles - c.hierarchical;
                     for (const Chunk& chunk : chunks)
-                        sum_chunk<T>(s, *span, chunk, count, &weights[4 * which]);
+                        sum_chunk<T>(s, *span, chunk, count, &weights[4 * which], first);
                 }
             }
         if (!failed) sums.gather(team);
