@@ -169,16 +169,17 @@ inline void stripe(const float* a, long row, long step, Right b, Put put) {
 // The same for `rows` rows. A panel of b stays in the caches for all of them.
 template <class T, class Put>
 inline void product(const float* a, long row, long step, long rows, Right b, Put put) {
+    // Tiles that are a row lower are as fast, those that are two rows lower are not.
+    const long lower = (ROWS - rows % ROWS) % ROWS, rest = rows - lower * (ROWS - 1);
     for (long c = 0; c < b.columns; c += PANEL) {
-        long i = 0, tile = 0;
+        long i = 0, tile = 0, whole = (rest < 0 ? rows : rest) / ROWS;
         auto some = [&](auto height) {
             auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };
             tiles<T, height>(a + i * row, row, step, b, c, tile++ * b.steps, here);
             i += height;
         };
-        // As many of 6 rows as leave what tiles of 5 take, which are as fast; those of 4 are not.
-        while (rows - i >= ROWS && (rows - i) % 5) some(std::integral_constant<int, ROWS>());
-        while (rows - i >= 5) some(std::integral_constant<int, 5>());
+        while (whole-- > 0) some(std::integral_constant<int, ROWS>());
+        while (rows - i >= ROWS - 1) some(std::integral_constant<int, ROWS - 1>());
         while (rows - i >= 2) some(std::integral_constant<int, 2>());
         if (rows > i) some(std::integral_constant<int, 1>());
     }
