@@ -99,7 +99,7 @@ struct Head {
     // exp(score - the largest of its row) of the queries from i on, into s, and one over its sums.
     // In steps over all rows, that no row waits for its own maximum and sum.
     void weigh(long i) {
-        stripe<T>(&q[i * UP], UP, 1, {kt.data(), U, LP},
+        stripe<T>(&q[i * UP], UP, 1, in_rows(kt.data(), U, LP),
                    [&](long r, long j, Lanes x) { store(&s[r * LP + j], x); });
         Lanes most[ROWS], sum[ROWS];
         float top[ROWS];
@@ -130,14 +130,17 @@ struct Head {
 
     void forward(const Number* in, Number* out) {
         read(in);
-        by_rows(in + 2 * width, stride, v);
+        const Number* values = in + 2 * width;
+        if (N == 2) by_rows(values, stride, v);
+        const Right by_v = N == 1 ? Right{reinterpret_cast<const float*>(values), L, C, stride}
+                                  : in_rows(v.data(), LP / N, C);
         for (long i = 0; i < L; i += ROWS) {
             weigh(i);
             if constexpr (N == 2)
                 for (int r = 0; r < ROWS; r++)
                     for (long j = 0; j < LP; j += W)
                         T::put(numbers(&p[r * LP]) + j, load(&s[r * LP + j]));
-            stripe<T>(N == 1 ? s.data() : p.data(), LP, 1, {v.data(), LP / N, C},
+            stripe<T>(N == 1 ? s.data() : p.data(), LP, 1, by_v,
                        [&](long r, long c, Lanes x) {
                            if (i + r < L) T::put(out + (i + r) * width + c, x * inverse[r]);
                        });
@@ -168,12 +171,12 @@ struct Gradient : Head<T, C> {
             memcpy(&v[j * UP], in + j * stride + 2 * width, C * sizeof(Number));
         }
         Base::transposed(v, vt);
-        const Right by_g = in_rows(g, g_rows, LQ), by_q = in_rows(q, q_rows, LQ),
-                    by_k = in_rows(k, k_rows, LP);
+        const Right by_g = summed_over(g, g_rows, LQ), by_q = summed_over(q, q_rows, LQ),
+                    by_k = summed_over(k, k_rows, LP);
         const float scale = 1 / std::sqrt(float(C));
         for (long i = 0; i < L; i += ROWS) {
             Base::weigh(i);
-            stripe<T>(&g[i * UP], UP, 1, {vt.data(), U, LP},
+            stripe<T>(&g[i * UP], UP, 1, in_rows(vt.data(), U, LP),
                        [&](long r, long j, Lanes x) { store(&dp[r * LP + j], x); });
             for (int r = 0; r < ROWS; r += 2) scores(i, r);
             alignas(64) float dq[ROWS * C];
@@ -198,10 +201,10 @@ struct Gradient : Head<T, C> {
     }
 
     // Padded rows as a product that sums over them reads them: float32 as they are.
-    Right in_rows(const Buffer& in, Buffer& paired, long rows) const {
-        if (N == 1) return {in.data(), rows, C};
+    Right summed_over(const Buffer& in, Buffer& paired, long rows) const {
+        if (N == 1) return in_rows(in.data(), rows, C);
         Base::by_rows(numbers(in.data()), UP * N, paired);
-        return {paired.data(), rows / N, C};
+        return in_rows(paired.data(), rows / N, C);
     }
 
     // Rows r and r + 1 of the tile from query i on: P and dS.

@@ -223,7 +223,7 @@ struct MixerBackward : Backward<T> {
             float* g = &residual[s * L * D];
             memcpy(span.second.at(0, sequence * L), rounded + s * L * D, L * D / N * 4);
             pair_rows<T>(g, L, D, columns.data());
-            product<T>(weights.second, row_lanes<T>(L), 1, M, {columns.data(), LN, D},
+            product<T>(weights.second, row_lanes<T>(L), 1, M, in_rows(columns.data(), LN, D),
                        [&](long m, long d, Lanes sum) { store(&wide[m * D + d], sum); });
             const Number* both = kept.first + s * 2 * M * D;
             Number* left = numbers(span.first.at(0, sequence * 2 * M));
@@ -245,7 +245,7 @@ struct MixerBackward : Backward<T> {
             memcpy(x.data(), kept.x + s * L * D, L * D * sizeof(Number));
             transposed(hidden, M, span.mixed.at(0, sequence * M));
             transposed(x, LP, span.x.at(0, sequence * LP));
-            product<T>(weights.first, row_lanes<T>(2 * M), 1, L, {gates.data(), 2 * M / N, D},
+            product<T>(weights.first, row_lanes<T>(2 * M), 1, L, in_rows(gates.data(), 2 * M / N, D),
                        [&](long j, long d, Lanes sum) {
                            store(g + j * D + d, load(g + j * D + d) + sum);
                        });
@@ -268,7 +268,7 @@ template <class T>
 void sum(const Factor& left, const Factor& right, long steps, float* grad, long row, long rows,
          bool first) {
     product<T>(left.from(row), 1, rows, rows,
-               {right.from(0), steps, right.columns, right.depth},
+               {right.from(0), steps, right.columns, 0, right.depth},
                [&](long o, long i, Lanes x) {
                    float* to = grad + (row + o) * right.columns + i;
                    __builtin_prefetch(to + PANEL, 1, 2);  // of the next panel
@@ -343,7 +343,7 @@ void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, flo
     for (long q = 0; q < sequences; q++, first = false) {
         if (c.weight == 0)
             product<T>(span.first.from(q * 2 * M + c.row), D / N, 1, c.rows,
-                       {span.x.from(q * width), D / N, width},
+                       in_rows(span.x.from(q * width), D / N, width),
                        [&](long m, long j, Lanes x) {
                            float* at = grad + (c.row + m) * L + j;
                            if (j + W <= L) return put(at, x, first);
@@ -351,7 +351,7 @@ void sum_chunk(const Shape& s, const Span<T>& span, Chunk c, long sequences, flo
                        });
         else
             product<T>(span.second.from(q * L + c.row), D / N, 1, c.rows,
-                       {span.mixed.from(q * M), D / N, M}, [&](long j, long m, Lanes x) {
+                       in_rows(span.mixed.from(q * M), D / N, M), [&](long j, long m, Lanes x) {
                            put(grad + (c.row + j) * M + m, x, first);
                        });
     }

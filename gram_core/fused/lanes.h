@@ -131,15 +131,18 @@ inline void tile(const float* a, long row, long step, const float* b, long width
         for (int c = 0; c < VECTORS; c++) put(r, c * W, sum[r][c]);
 }
 
-// The right factor of a product, [steps, columns] lanes: row by row (`depth` 0), or in panels of
-// columns, one behind the other, with room for `depth` steps each.
+// The right factor of a product, [steps, columns] lanes: row by row, `width` apart, or in panels of
+// columns (`width` 0), one behind the other, with room for `depth` steps each.
 struct Right {
     const float* at;
-    long steps, columns, depth = 0;
+    long steps, columns, width, depth = 0;
 };
 
+inline Right in_rows(const float* at, long steps, long columns) {
+    return {at, steps, columns, columns};
+}
 inline Right in_panels(const float* at, long steps, long columns) {
-    return {at, steps, columns, steps};
+    return {at, steps, columns, 0, steps};
 }
 
 // R rows by a panel's columns, from c on. What lies behind a panel is read next: meanwhile some of
@@ -147,9 +150,9 @@ inline Right in_panels(const float* at, long steps, long columns) {
 template <class T, int R, class Put>
 inline void tiles(const float* a, long row, long step, Right b, long c, long line, Put put) {
     const long columns = std::min(PANEL, b.columns - c);
-    const float* panel = b.at + (b.depth ? c * b.depth : c);
-    const long width = b.depth ? columns : b.columns;
-    const bool more = b.depth && line * LINE < columns * b.steps;
+    const float* panel = b.at + (b.width ? c : c * b.depth);
+    const long width = b.width ? b.width : columns;
+    const bool more = !b.width && line * LINE < columns * b.steps;
     const float* ahead = more ? panel + columns * b.depth + line * LINE : panel;
     auto here = [&](long r, long d, Lanes x) { put(r, c + d, x); };
     switch (columns / W) {
@@ -188,10 +191,15 @@ inline void product(const float* a, long row, long step, long rows, Right b, Put
 // 2^t for t <= 126, and 2^-126 for all below -126; NaN stays NaN. The polynomial for 2^f between
 // -1/2 and 1/2 is that of Cephes' exp2f.
 inline Lanes power_of_two(Lanes t) {
-    const Lanes least = Lanes{} - 126.f, magic = Lanes{} + 12582912.f;  // 1.5 * 2^23
+    const Lanes least = Lanes{} - 126.f;
     t = t < least ? least : t;
-    const Lanes whole = t + magic;  // its last bits are t, rounded
+#ifdef __AVX512F__
+    const Lanes whole = (Lanes)_mm512_roundscale_ps((__m512)t, 0), f = t - whole;
+#else
+    const Lanes magic = Lanes{} + 12582912.f;  // 1.5 * 2^23
+    const Lanes whole = t + magic;             // its last bits are t, rounded
     const Lanes f = t - (whole - magic);
+#endif
     Lanes p = Lanes{} + 1.535336188319500e-4f;
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -199,7 +207,11 @@ inline Lanes power_of_two(Lanes t) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.f;
+#ifdef __AVX512F__
+    return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
     return p * (Lanes)(((Words)whole << 23) + 0x3f800000);
+#endif
 }
 
 // e^x for |x| below 87, and what is next to it beyond.

@@ -263,7 +263,7 @@ struct MixerWorker : Worker<T> {
             typename T::Number* first = kept.first ? kept.first + s * 2 * M * D : nullptr;
             float* both = Base::wide_or(first);
             pair_rows<T>(x, L, D, columns.data());
-            product<T>(weights.first, row_lanes<T>(L), 1, 2 * M, {columns.data(), LN, D},
+            product<T>(weights.first, row_lanes<T>(L), 1, 2 * M, in_rows(columns.data(), LN, D),
                        [&](long m, long d, Lanes sum) { store(both + m * D + d, sum); });
             for (long m = 0; m < M; m += 2)
                 for (long d = 0; d < D; d += W) {
@@ -273,7 +273,7 @@ struct MixerWorker : Worker<T> {
                 }
             if (N == 2 && first)
                 for (long i = 0; i < 2 * M * D; i += W) T::put(first + i, load(both + i));
-            product<T>(weights.second, row_lanes<T>(M), 1, L, {hidden.data(), M / N, D},
+            product<T>(weights.second, row_lanes<T>(M), 1, L, in_rows(hidden.data(), M / N, D),
                        [&](long j, long d, Lanes sum) {
                            store(x + j * D + d, load(x + j * D + d) + sum);
                        });
