@@ -91,13 +91,14 @@ struct SwiglusBackward : Group<T> {
     }
 
     // The residual += the gradient at the input of a SwiGLU, from what is rounded, its output's.
-    // Weights as of y W; `group` is the span's group.
+    // Weights as of y W; `group` is the span's group. `next` is read then.
     void swiglu(const float* down, const float* gate_up, const Number* input, const Number* kept,
-                Span<T>& span, long group) {
+                Span<T>& span, long group, Memory next = {}, Memory last = {}) {
         const long before = group * span.group_rows / N;
         by_rows(rounded, span.down, before);
         by_rows(input, span.normed, before);
-        product<T>(lanes(rounded), D / N, 1, rows, in_panels(down, D / N, F),
+        product<T>(lanes(rounded), D / N, 1, rows,
+                   in_panels(down, D / N, F).then(Base::part(kept, 2 * F)),
                    [&](long i, long f, Lanes x) { store(&wide[i * F + f], x); });
         Number* both = Base::numbers(gated.data());
         for (long i = 0; i < rows; i += 2)
@@ -117,7 +118,7 @@ struct SwiglusBackward : Group<T> {
                 put(span.gate_up, f, two[0].gate, two[1].gate);
                 put(span.gate_up, F + f, two[0].up, two[1].up);
             }
-        Base::add(gated.data(), gate_up, 2 * F);
+        Base::add(gated.data(), gate_up, 2 * F, next, last);
     }
 };
 
@@ -137,7 +138,11 @@ struct Backward : SwiglusBackward<T> {
                float* grad) {
         memcpy(residual.data(), grad, rows * D * 4);
         norm(kept.out, kept.out_scale);
-        Base::swiglu(weights.down, weights.gate_up, kept.normed, kept.gate_up, span, group);
+        const Shape& s = Base::shape;
+        const Memory mixing = s.mixing ? Memory{Base::lanes(kept.first), Base::count * s.first() / T::IN_LANE}
+                                       : Base::part(kept.mixed, D);
+        Base::swiglu(weights.down, weights.gate_up, kept.normed, kept.gate_up, span, group,
+                     Base::part(kept.x, D), mixing);
         norm(kept.normed, kept.scale);
         mix(weights, kept, span, group);
         memcpy(grad, residual.data(), rows * D * 4);
@@ -180,7 +185,8 @@ struct AttentionBackward : Backward<T> {
         by_rows(kept.mixed, span.mixed, before);
         by_rows(kept.x, span.x, before);
         Number *grad = numbers(mixed.data()), *out = numbers(qkv.data());
-        product<T>(lanes(rounded), D / N, 1, rows, in_panels(weights.second, D / N, D),
+        product<T>(lanes(rounded), D / N, 1, rows,
+                   in_panels(weights.second, D / N, D).then(Base::part(kept.first, 3 * D)),
                    [&](long i, long d, Lanes x) { T::put(grad + i * D + d, x); });
         const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
@@ -189,7 +195,9 @@ struct AttentionBackward : Backward<T> {
                 head(kept.first + at, grad + s * L * D + h * C, out + at);
             }
         by_rows(out, span.first, before);
-        Base::add(qkv.data(), weights.first, 3 * D);
+        // Then the next group's, behind this one's.
+        Base::add(qkv.data(), weights.first, 3 * D, Base::part(kept.out + rows * D, D),
+                  Base::part(kept.normed + rows * D, D));
     }
 };
 
@@ -267,8 +275,9 @@ inline void put(float* to, Lanes x, bool first) { store(to, first ? x : load(to)
 template <class T>
 void sum(const Factor& left, const Factor& right, long steps, float* grad, long row, long rows,
          bool first) {
+    const Memory behind = {left.from(row) + rows * left.depth, rows * steps};
     product<T>(left.from(row), 1, rows, rows,
-               {right.from(0), steps, right.columns, 0, right.depth},
+               Right{right.from(0), steps, right.columns, 0, right.depth}.then(behind),
                [&](long o, long i, Lanes x) {
                    float* to = grad + (row + o) * right.columns + i;
                    __builtin_prefetch(to + PANEL, 1, 2);  // of the next panel

@@ -110,7 +110,7 @@ struct Half {
 #endif
 
 // One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
-// VECTORS vectors of columns. Meanwhile a cache line a step is fetched from `ahead` on.
+// VECTORS vectors of columns. Meanwhile a cache line a step is fetched, from `ahead` on.
 template <class T, int R, int VECTORS, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
                  const float* ahead, Put put) {
@@ -131,11 +131,23 @@ inline void tile(const float* a, long row, long step, const float* b, long width
         for (int c = 0; c < VECTORS; c++) put(r, c * W, sum[r][c]);
 }
 
+struct Memory {
+    const float* at = nullptr;  // or nothing
+    long lanes = 0;
+};
+
 // The right factor of a product, [steps, columns] lanes: row by row, `width` apart, or in panels of
 // columns (`width` 0), one behind the other, with room for `depth` steps each.
 struct Right {
     const float* at;
     long steps, columns, width, depth = 0;
+    Memory next[2] = {};  // what is read or written after the product
+
+    Right then(Memory first, Memory second = {}) const {
+        Right more = *this;
+        more.next[0] = first, more.next[1] = second;
+        return more;
+    }
 };
 
 inline Right in_rows(const float* at, long steps, long columns) {
@@ -145,15 +157,13 @@ inline Right in_panels(const float* at, long steps, long columns) {
     return {at, steps, columns, 0, steps};
 }
 
-// R rows by a panel's columns, from c on. What lies behind a panel is read next: meanwhile some of
-// it is fetched, from that line on.
+// R rows by a panel's columns, from c on.
 template <class T, int R, class Put>
-inline void tiles(const float* a, long row, long step, Right b, long c, long line, Put put) {
+inline void tiles(const float* a, long row, long step, const Right& b, long c, const float* ahead,
+                  Put put) {
     const long columns = std::min(PANEL, b.columns - c);
     const float* panel = b.at + (b.width ? c : c * b.depth);
     const long width = b.width ? b.width : columns;
-    const bool more = !b.width && line * LINE < columns * b.steps;
-    const float* ahead = more ? panel + columns * b.depth + line * LINE : panel;
     auto here = [&](long r, long d, Lanes x) { put(r, c + d, x); };
     switch (columns / W) {
         case 4: return tile<T, R, 4>(a, row, step, panel, width, b.steps, ahead, here);
@@ -165,20 +175,34 @@ inline void tiles(const float* a, long row, long step, Right b, long c, long lin
 
 // put(r, c, sum over s of a[r * row + s * step] * b[s][c]) for ROWS rows and all columns.
 template <class T, class Put>
-inline void stripe(const float* a, long row, long step, Right b, Put put) {
-    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, 0, put);
+inline void stripe(const float* a, long row, long step, const Right& b, Put put) {
+    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, b.at, put);
 }
 
-// The same for `rows` rows. A panel of b stays in the caches for all of them.
+// The same for `rows` rows. A panel of b stays in the caches for all of them; meanwhile the panel
+// behind it is fetched (behind the last lies what is laid out next), then what is read next.
 template <class T, class Put>
-inline void product(const float* a, long row, long step, long rows, Right b, Put put) {
+inline void product(const float* a, long row, long step, long rows, const Right& b, Put put) {
     // Tiles that are a row lower are as fast, those that are two rows lower are not.
     const long lower = (ROWS - rows % ROWS) % ROWS, rest = rows - lower * (ROWS - 1);
+    Memory next[] = {{}, b.next[0], b.next[1]};
+    auto ahead = [&] {
+        for (Memory& memory : next)
+            if (memory.at && memory.lanes > 0) {
+                const float* at = memory.at;
+                memory.at += b.steps * LINE;
+                memory.lanes -= b.steps * LINE;
+                return at;
+            }
+        return b.at;  // nothing more
+    };
     for (long c = 0; c < b.columns; c += PANEL) {
-        long i = 0, tile = 0, whole = (rest < 0 ? rows : rest) / ROWS;
+        const long columns = std::min(PANEL, b.columns - c);
+        if (!b.width) next[0] = {b.at + (c + columns) * b.depth, columns * b.steps};
+        long i = 0, whole = (rest < 0 ? rows : rest) / ROWS;
         auto some = [&](auto height) {
             auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };
-            tiles<T, height>(a + i * row, row, step, b, c, tile++ * b.steps, here);
+            tiles<T, height>(a + i * row, row, step, b, c, ahead(), here);
             i += height;
         };
         while (whole-- > 0) some(std::integral_constant<int, ROWS>());

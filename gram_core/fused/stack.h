@@ -101,11 +101,15 @@ struct Group {
     // What is rounded next is written where it is kept, if it is.
     void round_into(Number* kept) { rounded = kept ? kept : numbers(narrow.data()); }
 
-    // residual += a W, [rows, fan] by a weight that is laid out
-    void add(const float* a, const float* weight, long fan) {
-        product<T>(a, fan / N, 1, rows, in_panels(weight, fan / N, D), [&](long i, long d, Lanes x) {
-            store(&residual[i * D + d], load(&residual[i * D + d]) + x);
-        });
+    // This group's part of what is kept, of so many numbers a position.
+    Memory part(const Number* kept, long width) const { return {lanes(kept), rows * width / N}; }
+
+    // residual += a W, [rows, fan] by a weight that is laid out; `next` is read or written then.
+    void add(const float* a, const float* weight, long fan, Memory next = {}, Memory last = {}) {
+        product<T>(a, fan / N, 1, rows, in_panels(weight, fan / N, D).then(next, last),
+                   [&](long i, long d, Lanes x) {
+                       store(&residual[i * D + d], load(&residual[i * D + d]) + x);
+                   });
     }
 };
 
@@ -126,10 +130,10 @@ struct Swiglus : Group<T> {
     }
 
     // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up are kept, if
-    // anywhere.
-    void gate(const float* gate_up, Number* kept) {
+    // anywhere. `next` is written then.
+    void gate(const float* gate_up, Number* kept, Memory next = {}) {
         float* both = wide_or(kept);
-        product<T>(lanes(rounded), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F),
+        product<T>(lanes(rounded), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F).then(next),
                    [&](long i, long f, Lanes x) { store(both + i * 2 * F + f, x); });
         for (long i = 0; i < rows; i++)
             for (long f = 0; f < F; f += W) {
@@ -164,7 +168,7 @@ struct Worker : Swiglus<T> {
             if (!b) begin_with(added, here.x);
             mix(weights[b], here);
             norm(here.normed, here.scale);
-            Base::gate(weights[b].gate_up, here.gate_up);
+            Base::gate(weights[b].gate_up, here.gate_up, Base::part(here.out, D));
             Base::add(hidden.data(), weights[b].down, F);
             norm(here.out, here.out_scale);
         }
@@ -224,14 +228,16 @@ struct AttentionWorker : Worker<T> {
 
     void mix(const Packed& weights, const Kept<T>& kept) override {
         Number* in = kept.first ? kept.first : Base::numbers(qkv.data());
-        product<T>(lanes(rounded), D / N, 1, rows, in_panels(weights.first, D / N, 3 * D),
+        const Right first = in_panels(weights.first, D / N, 3 * D);
+        product<T>(lanes(rounded), D / N, 1, rows,
+                   first.then(Base::part(kept.mixed, D), Base::part(kept.normed, D)),
                    [&](long i, long c, Lanes sum) { T::put(in + i * 3 * D + c, sum); });
         Base::round_into(kept.mixed);
         const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
             for (long h = 0; h < shape.heads; h++)
                 head(in + s * L * 3 * D + h * C, rounded + s * L * D + h * C);
-        Base::add(lanes(rounded), weights.second, D);
+        Base::add(lanes(rounded), weights.second, D, Base::part(kept.gate_up, 2 * shape.ffn));
     }
 };
 
