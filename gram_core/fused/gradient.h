@@ -98,7 +98,7 @@ struct SwiglusBackward : Group<T> {
         by_rows(rounded, span.down, before);
         by_rows(input, span.normed, before);
         product<T>(lanes(rounded), D / N, 1, rows,
-                   in_panels(down, D / N, F).then(Base::part(kept, 2 * F)),
+                   in_panels(down, D / N, F).then(Base::part(kept, rows * 2 * F)),
                    [&](long i, long f, Lanes x) { store(&wide[i * F + f], x); });
         Number* both = Base::numbers(gated.data());
         for (long i = 0; i < rows; i += 2)
@@ -139,14 +139,17 @@ struct Backward : SwiglusBackward<T> {
         memcpy(residual.data(), grad, rows * D * 4);
         norm(kept.out, kept.out_scale);
         const Shape& s = Base::shape;
-        const Memory mixing = s.mixing ? Memory{Base::lanes(kept.first), Base::count * s.first() / T::IN_LANE}
-                                       : Base::part(kept.mixed, D);
+        const Memory mixing = s.mixing ? Base::part(kept.first, Base::count * s.first())
+                                       : Base::part(kept.mixed, rows * D);
         Base::swiglu(weights.down, weights.gate_up, kept.normed, kept.gate_up, span, group,
-                     Base::part(kept.x, D), mixing);
+                     Base::part(kept.x, rows * D), mixing);
         norm(kept.normed, kept.scale);
         mix(weights, kept, span, group);
         memcpy(grad, residual.data(), rows * D * 4);
     }
+
+    // The next group's part, behind this one's.
+    Memory behind(const Number* kept) const { return Base::part(kept + rows * D, rows * D); }
 
     // Of y = x / rms(x), in place and rounded.
     void norm(const Number* y, const float* scale) {
@@ -186,7 +189,7 @@ struct AttentionBackward : Backward<T> {
         by_rows(kept.x, span.x, before);
         Number *grad = numbers(mixed.data()), *out = numbers(qkv.data());
         product<T>(lanes(rounded), D / N, 1, rows,
-                   in_panels(weights.second, D / N, D).then(Base::part(kept.first, 3 * D)),
+                   in_panels(weights.second, D / N, D).then(Base::part(kept.first, rows * 3 * D)),
                    [&](long i, long d, Lanes x) { T::put(grad + i * D + d, x); });
         const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
@@ -195,9 +198,8 @@ struct AttentionBackward : Backward<T> {
                 head(kept.first + at, grad + s * L * D + h * C, out + at);
             }
         by_rows(out, span.first, before);
-        // Then the next group's, behind this one's.
-        Base::add(qkv.data(), weights.first, 3 * D, Base::part(kept.out + rows * D, D),
-                  Base::part(kept.normed + rows * D, D));
+        Base::add(qkv.data(), weights.first, 3 * D, Base::behind(kept.out),
+                  Base::behind(kept.normed));
     }
 };
 
@@ -222,8 +224,8 @@ struct MixerBackward : Backward<T> {
     Buffer columns, hidden, gates, x;
 
     explicit MixerBackward(const Shape& s)
-        : Base(s, s.mixing * s.dim), M(s.mixing), LN(padded(L, N) / N), LP(padded(L, W)), columns((L + 1) * D),
-          hidden(M * D / N), gates(2 * M * D / N), x(LP * D / N) {}
+        : Base(s, s.mixing * s.dim), M(s.mixing), LN(padded(L, N) / N), LP(padded(L, W)),
+          columns((L + 1) * D), hidden(M * D / N), gates(2 * M * D / N), x(LP * D / N) {}
 
     void mix(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group) override {
         for (long s = 0; s < count; s++) {
@@ -253,7 +255,9 @@ struct MixerBackward : Backward<T> {
             memcpy(x.data(), kept.x + s * L * D, L * D * sizeof(Number));
             transposed(hidden, M, span.mixed.at(0, sequence * M));
             transposed(x, LP, span.x.at(0, sequence * LP));
-            product<T>(weights.first, row_lanes<T>(2 * M), 1, L, in_rows(gates.data(), 2 * M / N, D),
+            const Right both_gates = in_rows(gates.data(), 2 * M / N, D);
+            product<T>(weights.first, row_lanes<T>(2 * M), 1, L,
+                       both_gates.then(Base::behind(kept.out), Base::behind(kept.normed)),
                        [&](long j, long d, Lanes sum) {
                            store(g + j * D + d, load(g + j * D + d) + sum);
                        });
@@ -275,7 +279,7 @@ inline void put(float* to, Lanes x, bool first) { store(to, first ? x : load(to)
 template <class T>
 void sum(const Factor& left, const Factor& right, long steps, float* grad, long row, long rows,
          bool first) {
-    const Memory behind = {left.from(row) + rows * left.depth, rows * steps};
+    const Memory behind = {{left.from(row) + rows * left.depth}, rows * steps};
     product<T>(left.from(row), 1, rows, rows,
                Right{right.from(0), steps, right.columns, 0, right.depth}.then(behind),
                [&](long o, long i, Lanes x) {

@@ -9,12 +9,14 @@ struct Swiglu {  // laid out
     const float *gate_up, *down;
 };
 
-// out [positions, D] of a head; what is rounded is its input.
+// out [positions, D] of a head; what is rounded is its input. `next` is written then.
 template <class T>
-void head_forward(Swiglus<T>& w, const Swiglu& weights, float* out, typename T::Number* kept) {
+void head_forward(Swiglus<T>& w, const Swiglu& weights, float* out, typename T::Number* kept,
+                  Memory next) {
     constexpr int N = T::IN_LANE;
-    w.gate(weights.gate_up, kept);
-    product<T>(w.hidden.data(), w.F / N, 1, w.rows, in_panels(weights.down, w.F / N, w.D),
+    w.gate(weights.gate_up, kept, {{out, true}, w.rows * w.D});
+    product<T>(w.hidden.data(), w.F / N, 1, w.rows,
+               in_panels(weights.down, w.F / N, w.D).then(next),
                [&](long i, long d, Lanes x) { store(out + i * w.D + d, x); });
 }
 

@@ -65,7 +65,7 @@ int run_heads(const HeadsCall& c) {
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (long g = 0; g < s.groups(); g++) {
             if (!mine) continue;
             mine->begin(g);
@@ -73,9 +73,16 @@ int run_heads(const HeadsCall& c) {
             mine->round_into(c.template kept_x<T>() + at);
             for (long i = 0; i < mine->rows * c.dim; i += W)
                 T::put(mine->rounded + i, load(c.x + at + i));
-            for (long k = 0; k < c.heads; k++)
-                head_forward<T>(*mine, heads[k], c.out[k] + at,
-                                c.template gate_up<T>(k) + mine->first * 2 * c.ffn);
+            const long size = mine->rows * c.dim;
+            auto gate_up = [&](long k) {
+                return c.template gate_up<T>(k) + mine->first * 2 * c.ffn;
+            };
+            for (long k = 0; k < c.heads; k++) {
+                const bool last = k + 1 == c.heads;  // then the next group's x
+                const Memory next = last ? Memory{{c.x + at + size}, size}
+                                         : mine->room(gate_up(k + 1), mine->rows * 2 * c.ffn);
+                head_forward<T>(*mine, heads[k], c.out[k] + at, gate_up(k), next);
+            }
         }
     }
     return failed;
@@ -117,16 +124,20 @@ int run_heads_backward(const HeadsCall& c) {
                 for (long k = 0; k < c.heads; k++) {
                     for (long i = 0; i < size; i += W)
                         T::put(mine->rounded + i, load(c.out_grad[k] + at + i));
-                    mine->swiglu(heads[k].down, heads[k].gate_up, c.template kept_x<T>() + at,
+                    const bool last = k + 1 == c.heads;  // then the next group's
+                    const float* next = last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at;
+                    const auto* x = c.template kept_x<T>() + at;
+                    mine->swiglu(heads[k].down, heads[k].gate_up, x,
                                  c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
-                                 g - start);
+                                 g - start, {{next}, size}, mine->part(x + size, size));
                 }
                 memcpy(c.x_back + at, mine->residual.data(), size * 4);
             }
             const long count = std::min(end * s.group(), s.batch) - start * s.group();
             for (long k = 0; k < c.heads; k++) {
                 float* const to[] = {nullptr, nullptr, weights[2 * k], weights[2 * k + 1]};
-                for (const Chunk& chunk : chunks) sum_chunk<T>(s, spans[k], chunk, count, to, start == begin);
+                for (const Chunk& chunk : chunks)
+                    sum_chunk<T>(s, spans[k], chunk, count, to, start == begin);
             }
         }
         if (!failed) sums.gather(team);

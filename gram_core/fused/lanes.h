@@ -109,15 +109,22 @@ struct Half {
 };
 #endif
 
+// Memory that is wanted soon: where it begins, and whether it will be written.
+struct Ahead {
+    const float* at;
+    bool write = false;
+};
+
 // One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
 // VECTORS vectors of columns. Meanwhile a cache line a step is fetched, from `ahead` on.
 template <class T, int R, int VECTORS, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
-                 const float* ahead, Put put) {
+                 Ahead ahead, Put put) {
     Lanes sum[R][VECTORS] = {};
     for (long s = 0; s < steps; s++) {
         Lanes right[VECTORS];
-        __builtin_prefetch(ahead + s * LINE, 0, 2);
+        if (ahead.write) __builtin_prefetch(ahead.at + s * LINE, 1, 2);
+        else __builtin_prefetch(ahead.at + s * LINE, 0, 2);
         for (int c = 0; c < VECTORS; c++) right[c] = load(b + s * width + c * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
@@ -132,7 +139,7 @@ inline void tile(const float* a, long row, long step, const float* b, long width
 }
 
 struct Memory {
-    const float* at = nullptr;  // or nothing
+    Ahead ahead = {};  // of null: nothing
     long lanes = 0;
 };
 
@@ -159,7 +166,7 @@ inline Right in_panels(const float* at, long steps, long columns) {
 
 // R rows by a panel's columns, from c on.
 template <class T, int R, class Put>
-inline void tiles(const float* a, long row, long step, const Right& b, long c, const float* ahead,
+inline void tiles(const float* a, long row, long step, const Right& b, long c, Ahead ahead,
                   Put put) {
     const long columns = std::min(PANEL, b.columns - c);
     const float* panel = b.at + (b.width ? c : c * b.depth);
@@ -176,7 +183,7 @@ inline void tiles(const float* a, long row, long step, const Right& b, long c, c
 // put(r, c, sum over s of a[r * row + s * step] * b[s][c]) for ROWS rows and all columns.
 template <class T, class Put>
 inline void stripe(const float* a, long row, long step, const Right& b, Put put) {
-    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, b.at, put);
+    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, {b.at}, put);
 }
 
 // The same for `rows` rows. A panel of b stays in the caches for all of them; meanwhile the panel
@@ -186,19 +193,19 @@ inline void product(const float* a, long row, long step, long rows, const Right&
     // Tiles that are a row lower are as fast, those that are two rows lower are not.
     const long lower = (ROWS - rows % ROWS) % ROWS, rest = rows - lower * (ROWS - 1);
     Memory next[] = {{}, b.next[0], b.next[1]};
-    auto ahead = [&] {
+    auto ahead = [&]() -> Ahead {
         for (Memory& memory : next)
-            if (memory.at && memory.lanes > 0) {
-                const float* at = memory.at;
-                memory.at += b.steps * LINE;
+            if (memory.ahead.at && memory.lanes > 0) {
+                const Ahead lines = memory.ahead;
+                memory.ahead.at += b.steps * LINE;
                 memory.lanes -= b.steps * LINE;
-                return at;
+                return lines;
             }
-        return b.at;  // nothing more
+        return {b.at};  // nothing more
     };
     for (long c = 0; c < b.columns; c += PANEL) {
         const long columns = std::min(PANEL, b.columns - c);
-        if (!b.width) next[0] = {b.at + (c + columns) * b.depth, columns * b.steps};
+        if (!b.width) next[0] = {{b.at + (c + columns) * b.depth}, columns * b.steps};
         long i = 0, whole = (rest < 0 ? rows : rest) / ROWS;
         auto some = [&](auto height) {
             auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };

@@ -58,6 +58,7 @@ struct Kept {
 
     // The same from one sequence on.
     Kept from(const Shape& s, long sequence) const {
+        if (!x) return {};
         const long wide = sequence * s.length * s.dim;
         Kept k = *this;
         k.x += wide;
@@ -101,8 +102,9 @@ struct Group {
     // What is rounded next is written where it is kept, if it is.
     void round_into(Number* kept) { rounded = kept ? kept : numbers(narrow.data()); }
 
-    // This group's part of what is kept, of so many numbers a position.
-    Memory part(const Number* kept, long width) const { return {lanes(kept), rows * width / N}; }
+    // So many numbers that are read soon, or written (`room`).
+    static Memory part(const Number* at, long count) { return {{lanes(at)}, count / N}; }
+    static Memory room(const Number* at, long count) { return {{lanes(at), true}, count / N}; }
 
     // residual += a W, [rows, fan] by a weight that is laid out; `next` is read or written then.
     void add(const float* a, const float* weight, long fan, Memory next = {}, Memory last = {}) {
@@ -161,15 +163,17 @@ struct Worker : Swiglus<T> {
     virtual void mix(const Packed& weights, const Kept<T>& kept) = 0;
 
     // The blocks of residual + added; their output is in the residual, and rounded. `kept` of each
-    // block, of all positions, or null.
+    // block and of the one after, of all positions, or null.
     void stack(const float* added, const Packed* weights, const Kept<T>* kept) {
+        auto of = [&](long b) { return kept ? kept[b].from(shape, Base::first) : Kept<T>(); };
+        begin_with(added, of(0).x);
         for (long b = 0; b < shape.blocks; b++) {
-            const Kept<T> here = kept ? kept[b].from(shape, Base::first) : Kept<T>();
-            if (!b) begin_with(added, here.x);
+            const Kept<T> here = of(b), next = of(b + 1);
             mix(weights[b], here);
             norm(here.normed, here.scale);
-            Base::gate(weights[b].gate_up, here.gate_up, Base::part(here.out, D));
-            Base::add(hidden.data(), weights[b].down, F);
+            Base::gate(weights[b].gate_up, here.gate_up, Base::room(here.out, rows * D));
+            Base::add(hidden.data(), weights[b].down, F, Base::room(next.x, rows * D),
+                      Base::room(next.first, Base::count * shape.first()));
             norm(here.out, here.out_scale);
         }
     }
@@ -230,14 +234,15 @@ struct AttentionWorker : Worker<T> {
         Number* in = kept.first ? kept.first : Base::numbers(qkv.data());
         const Right first = in_panels(weights.first, D / N, 3 * D);
         product<T>(lanes(rounded), D / N, 1, rows,
-                   first.then(Base::part(kept.mixed, D), Base::part(kept.normed, D)),
+                   first.then(Base::room(kept.mixed, rows * D), Base::room(kept.normed, rows * D)),
                    [&](long i, long c, Lanes sum) { T::put(in + i * 3 * D + c, sum); });
         Base::round_into(kept.mixed);
         const long C = D / shape.heads;
         for (long s = 0; s < count; s++)
             for (long h = 0; h < shape.heads; h++)
                 head(in + s * L * 3 * D + h * C, rounded + s * L * D + h * C);
-        Base::add(lanes(rounded), weights.second, D, Base::part(kept.gate_up, 2 * shape.ffn));
+        Base::add(lanes(rounded), weights.second, D,
+                  Base::room(kept.gate_up, rows * 2 * shape.ffn));
     }
 };
 
@@ -279,7 +284,10 @@ struct MixerWorker : Worker<T> {
                 }
             if (N == 2 && first)
                 for (long i = 0; i < 2 * M * D; i += W) T::put(first + i, load(both + i));
-            product<T>(weights.second, row_lanes<T>(M), 1, L, in_rows(hidden.data(), M / N, D),
+            const Right on = in_rows(hidden.data(), M / N, D);
+            product<T>(weights.second, row_lanes<T>(M), 1, L,
+                       on.then(Base::room(kept.normed, L * D),
+                               Base::room(kept.gate_up, L * 2 * shape.ffn)),
                        [&](long j, long d, Lanes sum) {
                            store(x + j * D + d, load(x + j * D + d) + sum);
                        });

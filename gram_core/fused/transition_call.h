@@ -79,12 +79,13 @@ std::vector<Packed> packed_stacks(const Packing<T>& packing, const std::vector<l
     return all;
 }
 
-// What each application of a stack keeps of each of its blocks.
+// What each application of a stack keeps of each of its blocks; and nothing, after the last.
 template <class T>
 std::vector<Kept<T>> kept_of(const TransitionCall& c) {
     std::vector<Kept<T>> all;
     for (long a = 0; c.kept && a <= c.cycles; a++)
         for (long b = 0; b < c.blocks; b++) all.emplace_back(c.shape(), c.kept, c.scales, a, b);
+    all.emplace_back();
     return all;
 }
 
