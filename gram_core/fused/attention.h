@@ -159,10 +159,12 @@ struct Gradient : Head<T, C> {
         Base::E;
     Buffer g, g_rows, q_rows, k_rows, vt, dp, p_rows, ds_rows;
 
-    // ROWS more at the end of those that are read as columns, tile by tile.
+    // Copies by rows are of bfloat16. ROWS more at the end of those that are read as columns, tile by
+    // tile.
     Gradient(long length, long heads, const float* table)
-        : Base(length, heads, table), g(LQ * UP), g_rows(LQ * C), q_rows(LQ * C), k_rows(LP * C),
-          vt(UP * LP), dp(ROWS * LP), p_rows(LQ / N * LP + ROWS), ds_rows(LQ / N * LP + ROWS) {}
+        : Base(length, heads, table), g(LQ * UP), g_rows((N - 1) * LQ * C),
+          q_rows((N - 1) * LQ * C), k_rows((N - 1) * LP * C), vt(UP * LP), dp(ROWS * LP),
+          p_rows(LQ / N * LP + ROWS), ds_rows(LQ / N * LP + ROWS) {}
 
     void backward(const Number* in, const Number* grad, Number* out) {
         Base::read(in);

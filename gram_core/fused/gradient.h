@@ -255,9 +255,10 @@ struct MixerBackward : Backward<T> {
             memcpy(x.data(), kept.x + s * L * D, L * D * sizeof(Number));
             transposed(hidden, M, span.mixed.at(0, sequence * M));
             transposed(x, LP, span.x.at(0, sequence * LP));
-            const Right both_gates = in_rows(gates.data(), 2 * M / N, D);
-            product<T>(weights.first, row_lanes<T>(2 * M), 1, L,
-                       both_gates.then(Base::behind(kept.out), Base::behind(kept.normed)),
+            Right both_gates = in_rows(gates.data(), 2 * M / N, D);
+            if (s + 1 == count)
+                both_gates = both_gates.then(Base::behind(kept.out), Base::behind(kept.normed));
+            product<T>(weights.first, row_lanes<T>(2 * M), 1, L, both_gates,
                        [&](long j, long d, Lanes sum) {
                            store(g + j * D + d, load(g + j * D + d) + sum);
                        });

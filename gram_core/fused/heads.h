@@ -9,7 +9,7 @@ struct Swiglu {  // laid out
     const float *gate_up, *down;
 };
 
-// out [positions, D] of a head; what is rounded is its input. `next` is written then.
+// out [positions, D] of a head; what is rounded is its input. `next` is wanted then.
 template <class T>
 void head_forward(Swiglus<T>& w, const Swiglu& weights, float* out, typename T::Number* kept,
                   Memory next) {

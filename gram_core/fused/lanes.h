@@ -187,7 +187,7 @@ inline void stripe(const float* a, long row, long step, const Right& b, Put put)
 }
 
 // The same for `rows` rows. A panel of b stays in the caches for all of them; meanwhile the panel
-// behind it is fetched (behind the last lies what is laid out next), then what is read next.
+// behind it is fetched (behind the last lies the weight that is used next), then what b names.
 template <class T, class Put>
 inline void product(const float* a, long row, long step, long rows, const Right& b, Put put) {
     // Tiles that are a row lower are as fast, those that are two rows lower are not.

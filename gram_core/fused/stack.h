@@ -172,7 +172,9 @@ struct Worker : Swiglus<T> {
             mix(weights[b], here);
             norm(here.normed, here.scale);
             Base::gate(weights[b].gate_up, here.gate_up, Base::room(here.out, rows * D));
-            Base::add(hidden.data(), weights[b].down, F, Base::room(next.x, rows * D),
+            // Within a stack the next block's x is what this one puts out.
+            const Number* x = b + 1 < shape.blocks ? nullptr : next.x;
+            Base::add(hidden.data(), weights[b].down, F, Base::room(x, rows * D),
                       Base::room(next.first, Base::count * shape.first()));
             norm(here.out, here.out_scale);
         }
@@ -260,7 +262,8 @@ struct HeadsOf : AttentionWorker<T> {
 template <class T>
 struct MixerWorker : Worker<T> {
     using Base = Worker<T>;
-    using Base::count, Base::D, Base::hidden, Base::L, Base::N, Base::residual, Base::shape;
+    using Base::count, Base::D, Base::hidden, Base::L, Base::N, Base::residual, Base::rows,
+        Base::shape;
     const long M, LN;  // LN: lanes of the positions
     Buffer columns;
 
@@ -284,10 +287,11 @@ struct MixerWorker : Worker<T> {
                 }
             if (N == 2 && first)
                 for (long i = 0; i < 2 * M * D; i += W) T::put(first + i, load(both + i));
-            const Right on = in_rows(hidden.data(), M / N, D);
-            product<T>(weights.second, row_lanes<T>(M), 1, L,
-                       on.then(Base::room(kept.normed, L * D),
-                               Base::room(kept.gate_up, L * 2 * shape.ffn)),
+            Right on = in_rows(hidden.data(), M / N, D);
+            if (s + 1 == count)
+                on = on.then(Base::room(kept.normed, rows * D),
+                             Base::room(kept.gate_up, rows * 2 * shape.ffn));
+            product<T>(weights.second, row_lanes<T>(M), 1, L, on,
                        [&](long j, long d, Lanes sum) {
                            store(x + j * D + d, load(x + j * D + d) + sum);
                        });

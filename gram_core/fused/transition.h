@@ -31,7 +31,8 @@ struct Transitions {
         : w(worker), stacks(stacks), prior(prior), D(worker.D), h(worker.most * D),
           low(worker.most * D), e_x(worker.most * D), context(worker.most * D) {}
 
-    // `noise` of this group, null without deviation; `kept` of each application's blocks, or null.
+    // `noise` of this group, null without deviation; `kept` of each application's blocks
+    // and one more, or null.
     void step(const float* noise, const Kept<T>* kept) {
         const long blocks = w.shape.blocks, size = w.rows * D;
         auto of = [&](long application) { return kept ? kept + application * blocks : nullptr; };

@@ -80,6 +80,7 @@ def fits(h: Tensor, stacks: Stacks, prior: Prior | None = None) -> bool:
         shapes += channel * ((len(prior.mean) + len(prior.std)) // 2)
     return (
         fit
+        and stacks.cycles > 0
         and dim % vector == ffn % vector == 0
         and all(w.dtype == torch.float32 for w in weights)
         and [tuple(w.shape) for w in weights] == shapes

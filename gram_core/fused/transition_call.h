@@ -60,14 +60,20 @@ std::vector<long> add_stacks(Packing<T>& packing, const TransitionCall& c, bool 
     const Side right = back ? Side::BACK_RIGHT : Side::RIGHT;
     const Side left = back ? Side::BACK_LEFT : Side::LEFT;
     const long D = c.dim, F = c.ffn, M = c.mixing, L = c.length;
-    std::vector<long> at;
-    for (long b = 0; b < c.stack_count() * c.blocks; b++) {
-        const float* const* w = c.stacks + 4 * b;
-        at.push_back(M ? packing.add(left, w[0], 2 * M, L) : packing.add(right, w[0], 3 * D, D));
-        at.push_back(M ? packing.add(left, w[1], L, M) : packing.add(right, w[1], D, D));
-        at.push_back(packing.add(right, w[2], 2 * F, D));
-        at.push_back(packing.add(right, w[3], D, F));
-    }
+    struct Weight {
+        Side side;
+        long out, in;
+    };
+    const Weight block[] = {M ? Weight{left, 2 * M, L} : Weight{right, 3 * D, D},
+                            M ? Weight{left, L, M} : Weight{right, D, D},
+                            {right, 2 * F, D}, {right, D, F}};
+    std::vector<long> at(4 * c.stack_count() * c.blocks);
+    for (long b = 0; b < c.stack_count() * c.blocks; b++)
+        for (long k = 0; k < 4; k++) {
+            const long which = back ? 3 - k : k;  // as they are used
+            const Weight& w = block[which];
+            at[4 * b + which] = packing.add(w.side, c.stacks[4 * b + which], w.out, w.in);
+        }
     return at;
 }
 

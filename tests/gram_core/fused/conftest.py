@@ -63,6 +63,15 @@ def error():
 
 
 @pytest.fixture
+def poisoned():
+    """Memory that torch gives out is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def separately(monkeypatch):
     """Calls a function where nothing is fused."""
 

@@ -3,6 +3,7 @@ computed by torch; and where they are not used."""
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,36 @@ def test_without_gradients_more_widths_fit(
                     theirs = separately(recursion, State(h.to(first), low), e_x)
                 assert near(error, mine.h, theirs.h, exact.h)
                 assert near(error, mine.l, theirs.l, exact.l)
+
+
+def gradients(f: Recursion, state: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """Of the inputs and of the weights."""
+    x = [part.to(next(f.parameters()).dtype).requires_grad_() for part in state]
+    out = f(State(*x[:2]), x[2])
+    return list(torch.autograd.grad((out.h * out.l).sum(), [*x, *f.parameters()]))
+
+
+@pytest.mark.parametrize("core", ["attention", "mixer"])
+def test_any_number_of_positions_is_made_up_of_tiles(vectors, error, bound, core):
+    for length in range(1, 27):
+        recursion = make(core, length, 32, 2, 32, 1, flat=False)
+        twin = copy.deepcopy(recursion).double()
+        state = draw(1, length, 32)
+        for x, y in zip(gradients(recursion, state), gradients(twin, state), strict=True):
+            assert error(x, y) < 10 * bound(torch.float32), length
+
+
+@pytest.mark.parametrize("core", ["attention", "mixer"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradients_do_not_depend_on_what_their_memory_held(fusing, poisoned, error, core, flat):
+    """The first sum of a weight's gradient is stored, all others are added."""
+    recursion = make(core, 16, 32, 2, 32, 2, flat)
+    twin = copy.deepcopy(recursion).double()
+    assert not any(x.any() for x in gradients(recursion, draw(0, 16, 32)))
+    for batch in (1, 3, 80):  # 20 groups: more than one span a thread
+        state = draw(batch, 16, 32)
+        for x, y in zip(gradients(recursion, state), gradients(twin, state), strict=True):
+            assert error(x, y) < 1e-5
 
 
 def test_gradients_go_through_one_output_alone_and_through_several_recursions(fusing, error, bound):
@@ -373,6 +404,7 @@ def test_what_does_not_fit_is_computed_by_separate_operations(monkeypatch):
     assert not library.wanted(state.h[0])
     assert not library.wanted(state.h.to("meta"))
     assert fused.fits(state.h, recursion.stacks())
+    assert not fused.fits(state.h, replace(recursion.stacks(), cycles=0))
     odd = make("attention", 5, 48, 3, 48, 1, flat=False)
     assert not fused.fits(torch.randn(2, 5, 48), odd.stacks())  # with gradients
     with torch.no_grad():
