@@ -19,7 +19,7 @@ from torch import Tensor
 from gram_core.compile import with_way_back
 
 # Fewer numbers than this are not worth a second thread.
-PARALLEL = 1 << 20
+PARALLEL = 1 << 19
 # So many at a time on other devices, where the words, uncompiled, take five times the memory of
 # the numbers.
 PIECE = 1 << 26
@@ -54,8 +54,11 @@ def on_cpu(streams: np.ndarray, groups: int) -> np.ndarray:
     if threads == 1 or out.size < PARALLEL:
         _fill(streams, out)
     else:
-        parts = (np.array_split(array, threads) for array in (streams, out))
-        list(_pool(threads).map(_fill, *parts))
+        (first, *rest) = zip(*(np.array_split(x, threads) for x in (streams, out)), strict=True)
+        others = [_pool(threads - 1).submit(_fill, *part) for part in rest]
+        _fill(*first)
+        for other in others:
+            other.result()
     return out
 
 
