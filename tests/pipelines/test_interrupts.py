@@ -16,10 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from checkout import commit, copy_code, git
 from ruamel.yaml import YAML
-from workspace import make_data, make_run, params, write_params
-
-from pipelines.params import read_params
-from pipelines.report.build import build
+from workspace import params, write_params
 
 STAGES = ("generate", "augment", "train", "sample", "evaluate", "report")
 METRICS = "results/tiny/metrics.json"
@@ -37,16 +34,8 @@ def undisturbed(path: Path, **changes: Any) -> Path:
     write_params(params(sweeps={}, **{**SETTINGS, **changes}), path)
     git(path, "init", "-q")
     commit(path)
-    before = Path.cwd()
-    os.chdir(path)
-    try:
-        make_data()
-        make_run()
-    finally:
-        os.chdir(before)
-    build(path, read_params(path / "params.yaml")["runs"], path / "report")
-    done = dvc(path, "commit", "-q", "-f")
-    assert done.returncode == 0, done.stderr
+    done = dvc(path, "repro")
+    assert done.returncode == 0, done.stdout
     return path
 
 
