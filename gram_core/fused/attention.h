@@ -180,7 +180,7 @@ struct Gradient : Head<T, C> {
             Base::weigh(i);
             stripe<T>(&g[i * UP], UP, 1, in_rows(vt.data(), U, LP),
                        [&](long r, long j, Lanes x) { store(&dp[r * LP + j], x); });
-            for (int r = 0; r < ROWS; r += 2) scores(i, r);
+            scores(i);
             alignas(64) float dq[ROWS * C];
             const float* ds = N == 1 ? &ds_rows[i * LP] : p.data();
             stripe<T>(ds, LP, 1, by_k,
@@ -209,26 +209,28 @@ struct Gradient : Head<T, C> {
         return in_rows(paired.data(), rows / N, C);
     }
 
-    // Rows r and r + 1 of the tile from query i on: P and dS.
-    void scores(long i, int r) {
-        const float *w = &s[r * LP], *d = &dp[r * LP];
-        Lanes sum[2] = {};
-        for (long j = 0; j < LP; j += W) {
-            sum[0] += load(w + j) * load(d + j);
-            sum[1] += load(w + LP + j) * load(d + LP + j);
+    // P and dS of the queries from i on.
+    void scores(long i) {
+        Lanes sum[ROWS];
+        float mean[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            sum[r] = Lanes{};
+            for (long j = 0; j < LP; j += W) sum[r] += load(&s[r * LP + j]) * load(&dp[r * LP + j]);
         }
-        const float first = inverse[r], second = inverse[r + 1];
-        const float mean = total(sum[0]) * first, next_mean = total(sum[1]) * second;
-        const long at = (i + r) / N * LP;
-        for (long j = 0; j < LP; j += W) {
-            const Lanes p0 = load(w + j) * first, p1 = load(w + LP + j) * second;
-            const Lanes ds0 = p0 * (load(d + j) - mean);
-            const Lanes ds1 = p1 * (load(d + LP + j) - next_mean);
-            T::put_rows(&p_rows[at + j], LP, p0, p1);
-            T::put_rows(&ds_rows[at + j], LP, ds0, ds1);
-            if constexpr (N == 2) {
-                T::put(numbers(&p[r * LP]) + j, ds0);
-                T::put(numbers(&p[(r + 1) * LP]) + j, ds1);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) mean[r] = total(sum[r]) * inverse[r];
+        for (int r = 0; r < ROWS; r += N) {
+            const long at = (i + r) / N * LP;
+            for (long j = 0; j < LP; j += W) {
+                Lanes weight[N], grad[N];
+                for (int k = 0; k < N; k++) {
+                    const long from = (r + k) * LP + j;
+                    weight[k] = load(&s[from]) * inverse[r + k];
+                    grad[k] = weight[k] * (load(&dp[from]) - mean[r + k]);
+                    if (N == 2) T::put(numbers(&p[(r + k) * LP]) + j, grad[k]);
+                }
+                T::put_lanes(&p_rows[at + j], weight);
+                T::put_lanes(&ds_rows[at + j], grad);
             }
         }
     }

@@ -14,12 +14,14 @@ struct HeadsCall {
     const float* x;
     const float* const* weights;  // gate and up, down, of each head
     float* const* out;
-    void* kept;  // x and each head's gate and up
+    void* kept;    // x and each head's gate and up
+    float* slope;  // of the deviation, which is the last head's; null: none
     const float* const* out_grad;
     float* x_back;
     float* const* weights_back;
     long positions, dim, ffn, heads;
-    int half, threads;
+    float offset, floor;
+    int exponential, half, threads;
     // Positions as sequences of one, and no stack.
     Shape shape() const { return {positions, 1, dim, 1, ffn, 0, 0}; }
     int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
@@ -31,6 +33,16 @@ struct HeadsCall {
     template <class T>
     typename T::Number* gate_up(long head) const {
         return kept_x<T>() + whole() + head * positions * 2 * ffn;
+    }
+    // Of each head, from a position on.
+    std::vector<Output> outputs(const Deviation& deviation) const {
+        std::vector<Output> all;
+        for (long k = 0; k < heads; k++) {
+            const bool deviates = slope && k + 1 == heads;
+            all.push_back({out ? out[k] : nullptr, deviates ? &deviation : nullptr,
+                           deviates ? slope : nullptr});
+        }
+        return all;
     }
     // Allocates `packing`.
     template <class T>
@@ -54,6 +66,8 @@ int run_heads(const HeadsCall& c) {
     const Shape s = c.shape();
     Packing<T> packing;
     const std::vector<Swiglu> heads = c.template laid_out<T>(packing, false);
+    const Deviation deviation{c.offset, c.floor, c.exponential != 0};
+    const std::vector<Output> outputs = c.outputs(deviation);
     std::atomic<int> failed{0};
 #pragma omp parallel num_threads(c.team())
     {
@@ -81,7 +95,7 @@ int run_heads(const HeadsCall& c) {
                 const bool last = k + 1 == c.heads;  // then the next group's x
                 const Memory next = last ? Memory{{c.x + at + size}, size}
                                          : mine->room(gate_up(k + 1), mine->rows * 2 * c.ffn);
-                head_forward<T>(*mine, heads[k], c.out[k] + at, gate_up(k), next);
+                head_forward<T>(*mine, heads[k], outputs[k].from(at), gate_up(k), next);
             }
         }
     }
@@ -93,6 +107,8 @@ int run_heads_backward(const HeadsCall& c) {
     const Shape s = c.shape();
     Packing<T> packing;
     const std::vector<Swiglu> heads = c.template laid_out<T>(packing, true);
+    const Deviation deviation{c.offset, c.floor, c.exponential != 0};
+    const std::vector<Output> outputs = c.outputs(deviation);
     const std::vector<Chunk> chunks = chunks_of(s);
     std::vector<long> sizes;
     for (long k = 0; k < 2 * c.heads; k++) sizes.push_back((2 - k % 2) * c.ffn * c.dim);
@@ -123,13 +139,17 @@ int run_heads_backward(const HeadsCall& c) {
                 std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
                 for (long k = 0; k < c.heads; k++) {
                     for (long i = 0; i < size; i += W)
-                        T::put(mine->rounded + i, load(c.out_grad[k] + at + i));
+                        T::put(mine->rounded + i, outputs[k].back(c.out_grad[k], at + i));
                     const bool last = k + 1 == c.heads;  // then the next group's
-                    const float* next = last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at;
                     const auto* x = c.template kept_x<T>() + at;
+                    const Memory grad{{last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at},
+                                      size};
+                    const float* slope = last ? nullptr : outputs[k + 1].slope;
+                    const Memory beside = slope ? Memory{{slope + at}, size}
+                                                : mine->part(x + size, size);
                     mine->swiglu(heads[k].down, heads[k].gate_up, x,
                                  c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
-                                 g - start, {{next}, size}, mine->part(x + size, size));
+                                 g - start, grad, beside);
                 }
                 memcpy(c.x_back + at, mine->residual.data(), size * 4);
             }

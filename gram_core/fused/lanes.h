@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 namespace {  // what is in no library cannot be taken from another
@@ -76,7 +77,9 @@ struct Single {
     static Lanes add(Lanes sum, float a, Lanes b) { return sum + a * b; }
     static Lanes get(const float* p) { return load(p); }
     static void put(float* p, Lanes x) { store(p, x); }
-    // Two neighbouring rows, as a sum over rows reads them.
+    // As many neighbouring rows as a lane holds, as a sum over rows reads them.
+    static void put_lanes(float* p, const Lanes (&rows)[IN_LANE]) { store(p, rows[0]); }
+    // Two of them.
     static void put_rows(float* p, long row, Lanes first, Lanes second) {
         store(p, first);
         store(p + row, second);
@@ -99,9 +102,12 @@ struct Half {
         __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
         memcpy(p, &rounded, sizeof rounded);
     }
+    static void put_lanes(float* p, const Lanes (&rows)[IN_LANE]) {
+        __m512i high = _mm512_slli_epi32(low(rows[1]), 16);
+        store(p, (Lanes)_mm512_or_si512(low(rows[0]), high));
+    }
     static void put_rows(float* p, long, Lanes first, Lanes second) {
-        __m512i high = _mm512_slli_epi32(low(second), 16);
-        store(p, (Lanes)_mm512_or_si512(low(first), high));
+        put_lanes(p, {first, second});
     }
     static __m512i low(Lanes x) {
         return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
@@ -114,17 +120,20 @@ struct Ahead {
     const float* at;
     bool write = false;
 };
+struct Nothing {};
 
 // One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
 // VECTORS vectors of columns. Meanwhile a cache line a step is fetched, from `ahead` on.
-template <class T, int R, int VECTORS, class Put>
+template <class T, int R, int VECTORS, class Wanted, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
-                 Ahead ahead, Put put) {
+                 Wanted ahead, Put put) {
     Lanes sum[R][VECTORS] = {};
     for (long s = 0; s < steps; s++) {
         Lanes right[VECTORS];
-        if (ahead.write) __builtin_prefetch(ahead.at + s * LINE, 1, 2);
-        else __builtin_prefetch(ahead.at + s * LINE, 0, 2);
+        if constexpr (std::is_same_v<Wanted, Ahead>) {
+            if (ahead.write) __builtin_prefetch(ahead.at + s * LINE, 1, 2);
+            else __builtin_prefetch(ahead.at + s * LINE, 0, 2);
+        }
         for (int c = 0; c < VECTORS; c++) right[c] = load(b + s * width + c * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
@@ -165,8 +174,8 @@ inline Right in_panels(const float* at, long steps, long columns) {
 }
 
 // R rows by a panel's columns, from c on.
-template <class T, int R, class Put>
-inline void tiles(const float* a, long row, long step, const Right& b, long c, Ahead ahead,
+template <class T, int R, class Wanted, class Put>
+inline void tiles(const float* a, long row, long step, const Right& b, long c, Wanted ahead,
                   Put put) {
     const long columns = std::min(PANEL, b.columns - c);
     const float* panel = b.at + (b.width ? c : c * b.depth);
@@ -183,7 +192,7 @@ inline void tiles(const float* a, long row, long step, const Right& b, long c, A
 // put(r, c, sum over s of a[r * row + s * step] * b[s][c]) for ROWS rows and all columns.
 template <class T, class Put>
 inline void stripe(const float* a, long row, long step, const Right& b, Put put) {
-    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, {b.at}, put);
+    for (long c = 0; c < b.columns; c += PANEL) tiles<T, ROWS>(a, row, step, b, c, Nothing(), put);
 }
 
 // The same for `rows` rows. A panel of b stays in the caches for all of them; meanwhile the panel
@@ -265,32 +274,42 @@ inline Lanes log_one_plus(Lanes y) {
     return p * z;
 }
 
-// log(1 + e^x)
-inline Lanes softplus(Lanes x) {
-    const Lanes zero{};
-    return (x > zero ? x : zero) + log_one_plus(exponential(x > zero ? -x : x));
+// Four columns of rows r, r + 4, ... side by side.
+inline Lanes every_fourth(const float* p, long width) {
+#ifdef __AVX512F__
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps(p + 4 * width));
+    x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps(p + 8 * width));
+    return (Lanes)_mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps(p + 12 * width));
+#else
+    const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(p));
+    return (Lanes)_mm256_insertf128_ps(x, _mm_loadu_ps(p + 4 * width), 1);
+#endif
 }
 
-// W x W lanes, by exchanging halves, quarters, ...
+// W x W lanes, four columns at a time: they are brought together by loads, and what is then left to
+// exchange lies within quarters of 128 bits, which costs least.
 inline void transpose(const float* in, long in_width, float* out, long out_width) {
-    Words x[W];
-    for (int i = 0; i < W; i++) x[i] = (Words)load(in + i * in_width);
-#pragma GCC unroll 4
-    for (int s = 1; s < W; s *= 2) {
-        Words first, second;
-        for (int l = 0; l < W; l++) {
-            first[l] = l & s ? l - s + W : l;
-            second[l] = l & s ? l + W : l + s;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++)
-            if (!(i & s)) {
-                const Words a = x[i], b = x[i + s];
-                x[i] = __builtin_shuffle(a, b, first);
-                x[i + s] = __builtin_shuffle(a, b, second);
-            }
+    Words low, high, even, odd;
+    for (int l = 0; l < W; l++) {
+        low[l] = l / 4 * 4 + l % 4 / 2 + l % 2 * W;
+        high[l] = low[l] + 2;
+        even[l] = l / 4 * 4 + l % 2 + l % 4 / 2 * W;
+        odd[l] = even[l] + 2;
     }
-    for (int i = 0; i < W; i++) store(out + i * out_width, (Lanes)x[i]);
+#pragma GCC unroll 4
+    for (int c = 0; c < W; c += 4) {
+        Lanes x[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) x[r] = every_fourth(in + r * in_width + c, in_width);
+        const Lanes a = __builtin_shuffle(x[0], x[1], low), b = __builtin_shuffle(x[2], x[3], low),
+                    d = __builtin_shuffle(x[0], x[1], high), e = __builtin_shuffle(x[2], x[3], high);
+        float* column = out + c * out_width;
+        store(column, __builtin_shuffle(a, b, even));
+        store(column + out_width, __builtin_shuffle(a, b, odd));
+        store(column + 2 * out_width, __builtin_shuffle(d, e, even));
+        store(column + 3 * out_width, __builtin_shuffle(d, e, odd));
+    }
 }
 
 }  // namespace

@@ -133,9 +133,10 @@ struct Swiglus : Group<T> {
 
     // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up are kept, if
     // anywhere. `next` is written then.
-    void gate(const float* gate_up, Number* kept, Memory next = {}) {
+    void gate(const float* gate_up, Number* kept, Memory next = {}, Memory last = {}) {
         float* both = wide_or(kept);
-        product<T>(lanes(rounded), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F).then(next),
+        product<T>(lanes(rounded), D / N, 1, rows,
+                   in_panels(gate_up, D / N, 2 * F).then(next, last),
                    [&](long i, long f, Lanes x) { store(both + i * 2 * F + f, x); });
         for (long i = 0; i < rows; i++)
             for (long f = 0; f < F; f += W) {

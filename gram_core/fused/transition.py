@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gram_core.fused.attention import CHANNELS
+from gram_core.fused.heads import Heads
 from gram_core.fused.library import (
     VECTOR,
     array,
@@ -47,19 +48,7 @@ class Stacks:
         return list(self.weights), self.rope, [self.blocks, self.heads, self.cycles]
 
 
-@dataclass(frozen=True)
-class Prior:
-    """The prior's heads: gate and up, and down, of its mean and of its deviation, which is
-    floor + softplus(. + offset), or the exponential of it; nothing for a head that is not."""
-
-    mean: Sequence[Tensor] = ()
-    std: Sequence[Tensor] = ()
-    offset: float = 0.0
-    floor: float = 0.0
-    exponential: bool = False
-
-
-def fits(h: Tensor, stacks: Stacks, prior: Prior | None = None) -> bool:
+def fits(h: Tensor, stacks: Stacks, prior: Heads | None = None) -> bool:
     """Whether what is `wanted` takes these weights, with gradients if these are enabled: in
     float32, in widths of its, and of shapes that go together."""
     weights, rope = stacks.weights, stacks.rope
@@ -94,7 +83,7 @@ def transitions(
     noise: Float[Tensor, "T B L D"] | None,
     count: int,
     stacks: Stacks,
-    prior: Prior,
+    prior: Heads,
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L D"]]:
     """(h, l) after `count` transitions, in float32; `noise` for a prior with a deviation. For what
     is `wanted` and `fits`. No gradients."""
@@ -115,7 +104,7 @@ def recursion(
     """(u, l), the deterministic half of a transition, in float32. For what is `wanted` and `fits`.
     Its gradient has none."""
     if not torch.is_grad_enabled():
-        return transitions(h, low, e_x, None, 1, stacks, Prior())
+        return transitions(h, low, e_x, None, 1, stacks, Heads())
     u, low, _, _ = torch.ops.gram.recursion(
         h.float(), low.float(), e_x.float(), *stacks.arguments(), stacks.eps,
         products() == torch.bfloat16,
@@ -244,7 +233,7 @@ def _recursion_backward(
 ) -> list[Tensor]:
     h_grad, low_grad = h_grad.contiguous(), low_grad.contiguous()
     kept, scales = kept.contiguous(), scales.contiguous()
-    h, low, e_x = (torch.zeros_like(h_grad) for _ in range(3))
+    h, low, e_x = (torch.empty_like(h_grad) for _ in range(3))
     weights = room_for_gradients(stacks, h_grad)
     _run(
         "gram_recursion_backward", h_grad, stacks, rope, sizes,

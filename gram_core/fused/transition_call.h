@@ -108,8 +108,8 @@ int run_transitions(const TransitionCall& c) {
                                   k % 2 ? c.ffn : c.dim);
     packing.allocate();
     auto place = [&](int k) { return c.prior[k] ? packing[head[k]] : nullptr; };
-    const Prior prior{place(0), place(1), place(2), place(3), c.offset, c.floor,
-                      c.exponential != 0};
+    const Prior prior{place(0), place(1), place(2), place(3),
+                      {c.offset, c.floor, c.exponential != 0}};
     const std::vector<Packed> blocks = packed_stacks(packing, places);
     const Stacks stacks{c.hierarchical ? blocks.data() + c.blocks : nullptr, blocks.data(),
                         c.cycles};
@@ -152,13 +152,14 @@ int run_transitions(const TransitionCall& c) {
 inline void hand_on(const TransitionCall& c, long a, long at, long size, float* grad) {
     float *h = c.h_back + at, *e_x = c.e_x_back + at;
     const bool last = a == c.cycles && c.hierarchical;  // f_H(h, l)
+    const bool first = a == c.cycles - c.hierarchical;  // of those that read e_x
     for (long i = 0; i < size; i += W) {
         const Lanes g = load(grad + i);
         if (last) {
             store(h + i, g);
             store(grad + i, g + load(c.low_grad + at + i));
         } else {  // f(., h + e_x), or where there is no f_L f(., e_x)
-            store(e_x + i, load(e_x + i) + g);
+            put(e_x + i, g, first);
             if (c.hierarchical) store(h + i, load(h + i) + g);
         }
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gram_core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
 from gram_core.fused import transition as fused
+from gram_core.fused.heads import Heads
 from gram_core.fused.library import cut_up, wanted
 from gram_core.model.encoders import Identifiers, decoder, input_encoder, target_encoder
 from gram_core.model.heads import HaltHead, ValueHead
@@ -204,7 +205,7 @@ class GRAM(nn.Module):
         fusing = count and drawn and not torch.is_grad_enabled() and wanted(h, low, e_x)
         if fusing and not cut_up(self):
             stacks = self.recursion.stacks()
-            prior = fused.Prior() if self.prior_head is None else self.prior_head.fused()
+            prior = Heads() if self.prior_head is None else self.prior_head.fused()
             if fused.fits(h, stacks, prior):
                 noise = None if noise is None else noise[:count]
                 return State(*fused.transitions(h, low, e_x, noise, count, stacks, prior))

@@ -158,10 +158,10 @@ class Slots:
         """Take over the states after a supervision step of every part, and mark the slots that
         ended."""
         self.state = State(
-            torch.cat([result.state.h for result in results]),
-            torch.cat([result.state.l for result in results]),
+            _joined([result.state.h for result in results]),
+            _joined([result.state.l for result in results]),
         )
-        self.trace = torch.cat([result.trace for result in results])
+        self.trace = _joined([result.trace for result in results])
         self.step += 1
         if self.halting:
             ended = torch.cat([result.ended for result in results]).to(torch.uint8)
@@ -205,3 +205,8 @@ class Slots:
         self.inputs = examples.inputs.to(self.device)
         self.target = examples.target.to(self.device)
         self.puzzle = examples.puzzle.to(self.device)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts as one tensor; one alone as it is, for nobody else holds it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
