@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).parent / "entry.cpp"
-# Tuned for no processor in particular: tuned for Zen, GCC keeps a loop's counter in a vector register
-# where it has no other left, and a product waits for it.
+# Tuned for no processor in particular: tuned for Zen, GCC keeps a loop's counter in a vector
+# register where it has no other left, and a product waits for it.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-mtune=generic", "-fno-math-errno", "-fopenmp",
     "-shared", "-fPIC",

@@ -94,9 +94,11 @@ struct Group {
     static const float* lanes(const Number* p) { return reinterpret_cast<const float*>(p); }
 
     void begin(long group) {
-        first = group * shape.group();
-        count = std::min(shape.group(), shape.batch - first);
-        rows = count * L;
+        const long at = group * shape.group();
+        begin_with_sequences(at, std::min(shape.group(), shape.batch - at));
+    }
+    void begin_with_sequences(long from, long some) {
+        first = from, count = some, rows = some * L;
     }
 
     // What is rounded next is written where it is kept, if it is.

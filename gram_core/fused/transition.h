@@ -31,9 +31,9 @@ struct Transitions {
         : w(worker), stacks(stacks), prior(prior), D(worker.D), h(worker.most * D),
           low(worker.most * D), e_x(worker.most * D), context(worker.most * D) {}
 
-    // `noise` of this group, null without deviation; `kept` of each application's blocks
-    // and one more, or null.
-    void step(const float* noise, const Kept<T>* kept) {
+    // `noise` of this group, `apart` from sequence to sequence, null without deviation; `kept` of each
+    // application's blocks and one more, or null.
+    void step(const float* noise, long apart, const Kept<T>* kept) {
         const long blocks = w.shape.blocks, size = w.rows * D;
         auto of = [&](long application) { return kept ? kept + application * blocks : nullptr; };
         const bool flat = !stacks.low;
@@ -44,21 +44,22 @@ struct Transitions {
             w.stack(context.data(), flat ? stacks.high : stacks.low, of(k));
         if (!flat) memcpy(low.data(), w.residual.data(), size * 4);
         w.stack(flat ? context.data() : h.data(), stacks.high, of(stacks.cycles));
-        guide(noise);
+        guide(noise, apart);
         memcpy(h.data(), w.residual.data(), size * 4);
     }
 
     // u += mean + std * noise
-    void guide(const float* noise) {
+    void guide(const float* noise, long apart) {
         if (prior.std_gate_up) {
             w.gate(prior.std_gate_up, nullptr);
-            head(prior.std_down, [&](long at, Lanes x) {
-                return prior.deviation.of(x).std * load(noise + at);
+            head(prior.std_down, [&](long i, long d, Lanes x) {
+                const float* row = noise + i / w.L * apart + i % w.L * D;
+                return prior.deviation.of(x).std * load(row + d);
             });
         }
         if (prior.mean_gate_up) {
             w.gate(prior.mean_gate_up, nullptr);
-            head(prior.mean_down, [](long, Lanes x) { return x; });
+            head(prior.mean_down, [](long, long, Lanes x) { return x; });
         }
     }
 
@@ -67,8 +68,8 @@ struct Transitions {
         constexpr int N = T::IN_LANE;
         product<T>(w.hidden.data(), w.F / N, 1, w.rows, in_panels(down, w.F / N, D),
                    [&](long i, long d, Lanes x) {
-                       const long at = i * D + d;
-                       store(&w.residual[at], load(&w.residual[at]) + part(at, x));
+                       float* at = &w.residual[i * D + d];
+                       store(at, load(at) + part(i, d, x));
                    });
     }
 };

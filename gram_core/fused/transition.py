@@ -84,11 +84,14 @@ def transitions(
     count: int,
     stacks: Stacks,
     prior: Heads,
+    ahead: int = 0,
+    more: int = 0,
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L D"]]:
-    """(h, l) after `count` transitions, in float32; `noise` for a prior with a deviation. For what
-    is `wanted` and `fits`. No gradients."""
+    """(h, l) after `count` transitions, of the first `ahead` rows after `more` of them more, in
+    float32; `noise` for a prior with a deviation. For what is `wanted` and `fits`. No gradients."""
     out: tuple[Tensor, Tensor] = torch.ops.gram.transitions(
-        h.float(), low.float(), e_x.float(), noise, count, *stacks.arguments(), stacks.eps,
+        h.float(), low.float(), e_x.float(), noise, [count, ahead, more], *stacks.arguments(),
+        stacks.eps,
         list(prior.mean), list(prior.std), prior.offset, prior.floor, prior.exponential,
         products() == torch.bfloat16,
     )  # fmt: skip
@@ -118,7 +121,8 @@ class _Call(ctypes.Structure):
     _fields_ = fields(
         "h low e_x noise table *stacks *prior h_out low_out kept scales"
         " h_grad low_grad h_back low_back e_x_back *weights_back",
-        "batch length dim heads ffn mixing blocks hierarchical cycles transitions kept_numbers",
+        "batch length dim heads ffn mixing blocks hierarchical cycles transitions ahead more"
+        " kept_numbers noise_transition noise_sequence",
         "eps offset floor",
         "exponential half threads",
     )
@@ -150,7 +154,7 @@ def _transitions(
     low: Tensor,
     e_x: Tensor,
     noise: Tensor | None,
-    count: int,
+    counts: list[int],
     stacks: list[Tensor],
     rope: Tensor | None,
     sizes: list[int],
@@ -163,7 +167,11 @@ def _transitions(
     half: bool,
 ) -> tuple[Tensor, Tensor]:
     h, low, e_x = h.contiguous(), low.contiguous(), e_x.contiguous()
-    noise = None if noise is None else noise.float().contiguous()
+    # Noise is drawn sequence by sequence: each has its own of all transitions together.
+    noise = None if noise is None else noise.float()
+    if noise is not None and noise.stride()[2:] != h.stride()[1:]:
+        noise = noise.contiguous()
+    apart = (0, 0) if noise is None else noise.stride()[:2]
     out = h.new_empty(h.shape), h.new_empty(h.shape)
     prior = [w.contiguous() for part in (mean, std) for w in part]
     absent = [None, None]
@@ -171,7 +179,9 @@ def _transitions(
         "gram_transitions", h, stacks, rope, sizes,
         {"h": h, "low": low, "e_x": e_x, "noise": noise, "h_out": out[0], "low_out": out[1]},
         prior=array([*(prior[: len(mean)] or absent), *(prior[len(mean) :] or absent)]),
-        transitions=count, eps=eps, offset=offset, floor=floor, exponential=exponential, half=half,
+        transitions=counts[0], ahead=counts[1], more=counts[2], noise_transition=apart[0],
+        noise_sequence=apart[1], eps=eps, offset=offset, floor=floor, exponential=exponential,
+        half=half,
     )  # fmt: skip
     return out
 
@@ -271,9 +281,9 @@ def _no_second(ctx: Any, grads: list[Tensor]) -> None:
 
 _STACKS = "Tensor[] stacks, Tensor? rope, int[] sizes"
 operations.define(
-    f"transitions(Tensor h, Tensor low, Tensor e_x, Tensor? noise, int count, {_STACKS}, float eps,"
-    " Tensor[] mean, Tensor[] std, float offset, float floor, bool exponential, bool half)"
-    " -> (Tensor, Tensor)"
+    f"transitions(Tensor h, Tensor low, Tensor e_x, Tensor? noise, int[] counts, {_STACKS},"
+    " float eps, Tensor[] mean, Tensor[] std, float offset, float floor, bool exponential,"
+    " bool half) -> (Tensor, Tensor)"
 )
 operations.define(
     f"recursion(Tensor h, Tensor low, Tensor e_x, {_STACKS}, float eps, bool half)"

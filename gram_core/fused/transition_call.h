@@ -28,6 +28,10 @@ std::unique_ptr<Backward<T>> backward(const Shape& s, const float* table) {
                        [&](auto c) { return Made(new GradientsOf<T, c>(s, table)); });
 }
 
+struct Part {
+    long first, count, transitions;
+};
+
 // As in transition.py, field by field. All numbers are float32, but for those that are kept.
 struct TransitionCall {
     const float *h, *low, *e_x, *noise, *table;
@@ -41,11 +45,24 @@ struct TransitionCall {
     float *h_back, *low_back, *e_x_back;
     float* const* weights_back;
     long batch, length, dim, heads, ffn, mixing, blocks, hierarchical, cycles, transitions;
+    long ahead, more;  // so many sequences, the first ones, go so many transitions further
     long kept_numbers;  // room for so many
+    long noise_transition, noise_sequence;  // numbers from one's noise to the next one's
     float eps, offset, floor;
     int exponential, half, threads;
     Shape shape() const { return {batch, length, dim, heads, ffn, mixing, blocks}; }
     long stack_count() const { return hierarchical ? 2 : 1; }
+    // Groups of sequences that go equally far, those that go further first.
+    std::vector<Part> parts() const {
+        std::vector<Part> all;
+        const long group = shape().group();
+        for (long first = 0; first < batch; first += all.back().count) {
+            const bool further = first < ahead;
+            const long count = std::min(group, (further ? ahead : batch) - first);
+            all.push_back({first, count, transitions + (further ? more : 0)});
+        }
+        return all;
+    }
     // Threads that have a group to compute.
     int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
     template <class T>
@@ -114,7 +131,7 @@ int run_transitions(const TransitionCall& c) {
     const Stacks stacks{c.hierarchical ? blocks.data() + c.blocks : nullptr, blocks.data(),
                         c.cycles};
     const std::vector<Kept<T>> kept = kept_of<T>(c);
-    const long whole = s.positions() * s.dim;
+    const std::vector<Part> parts = c.parts();
     std::atomic<int> failed{0};
 #pragma omp parallel num_threads(c.team())
     {
@@ -130,16 +147,19 @@ int run_transitions(const TransitionCall& c) {
             failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
-        for (long g = 0; g < s.groups(); g++) {
+        for (long k = 0; k < long(parts.size()); k++) {
             if (!state) continue;
-            mine->begin(g);
-            const long at = mine->first * s.length * s.dim, bytes = mine->rows * s.dim * 4;
+            const Part& part = parts[k];
+            mine->begin_with_sequences(part.first, part.count);
+            const long at = part.first * s.length * s.dim, bytes = mine->rows * s.dim * 4;
             memcpy(state->h.data(), c.h + at, bytes);
             memcpy(state->low.data(), c.low + at, bytes);
             memcpy(state->e_x.data(), c.e_x + at, bytes);
-            for (long t = 0; t < c.transitions; t++)
-                state->step(c.noise ? c.noise + t * whole + at : nullptr,
-                            c.kept ? kept.data() : nullptr);
+            for (long t = 0; t < part.transitions; t++) {
+                const float* noise = c.noise + t * c.noise_transition;
+                state->step(c.noise ? noise + part.first * c.noise_sequence : nullptr,
+                            c.noise_sequence, c.kept ? kept.data() : nullptr);
+            }
             memcpy(c.h_out + at, state->h.data(), bytes);
             memcpy(c.low_out + at, state->low.data(), bytes);
         }

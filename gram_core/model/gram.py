@@ -196,22 +196,43 @@ class GRAM(nn.Module):
         count: int,
     ) -> State:
         """The first `count` of T transitions, one after the other. Raises as `prior_transition`."""
-        h, low = state.h, state.l
+        _, whole = self.staggered_transitions(state, e_x, noise, 0, count, count)
+        return whole
+
+    def staggered_transitions(
+        self,
+        state: State,
+        e_x: Float[Tensor, "B L D"],
+        noise: Float[Tensor, "T B L D"] | None,
+        ahead: int,
+        further: int,
+        count: int,
+    ) -> tuple[State, State]:
+        """The first `ahead` rows after the first `further` of T transitions, and the other rows
+        after the first `count`, which are no more. Raises as `prior_transition`."""
         drawn = (
             not self.config.stochastic
             if noise is None
-            else len(noise) >= count and noise.shape[1:] == h.shape
+            else len(noise) >= max(count, further if ahead else 0)
+            and noise.shape[1:] == state.h.shape
         )
-        fusing = count and drawn and not torch.is_grad_enabled() and wanted(h, low, e_x)
-        if fusing and not cut_up(self):
+        moves = count or (ahead and further)
+        fusing = moves and drawn and not torch.is_grad_enabled()
+        if fusing and wanted(state.h, state.l, e_x) and not cut_up(self):
             stacks = self.recursion.stacks()
             prior = Heads() if self.prior_head is None else self.prior_head.fused()
-            if fused.fits(h, stacks, prior):
-                noise = None if noise is None else noise[:count]
-                return State(*fused.transitions(h, low, e_x, noise, count, stacks, prior))
+            if fused.fits(state.h, stacks, prior):
+                state = State(*fused.transitions(
+                    state.h, state.l, e_x, noise, count, stacks, prior, ahead, further - count
+                ))  # fmt: skip
+                return state.split(ahead)
         for t in range(count):
             state = self.prior_transition(state, e_x, None if noise is None else noise[t])
-        return state
+        first, rest = state.split(ahead)
+        for t in range(count, further if ahead else count):
+            own = None if noise is None else noise[t, :ahead]
+            first = self.prior_transition(first, e_x[:ahead], own)
+        return first, rest
 
     def decode(self, h: Float[Tensor, "B L D"]) -> Float[Tensor, "B S V"]:
         """Token logits."""

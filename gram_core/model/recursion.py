@@ -27,6 +27,11 @@ class State:
         """The same state cut from the graph: gradients never cross a supervision step."""
         return State(self.h.detach(), self.l.detach())
 
+    def split(self, rows: int) -> tuple["State", "State"]:
+        """The first `rows` rows, and the others."""
+        first = State(self.h[:rows], self.l[:rows])
+        return first, State(self.h[rows:], self.l[rows:]) if rows else self
+
 
 class Recursion(nn.Module):
     """K applications of f_L and one of f_H; or, flat, K + 1 applications of a single f to h.

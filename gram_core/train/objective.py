@@ -118,10 +118,6 @@ class Terms:
         return torch.stack([self._sums[name] for name in self.names])
 
 
-def _take(state: State, rows: slice) -> State:
-    return State(state.h[rows], state.l[rows])
-
-
 def _position_kl(model: GRAM, config: ObjectiveConfig, q: Gaussian, p: Gaussian) -> Tensor:
     """The charged divergence per example, in the units of `beta`."""
     per_position = balanced_kl(q, p, config.balance)
@@ -146,16 +142,13 @@ def _transitions(
     follow = guided and config.rollout == "posterior"
     e_x = model.embed(batch.inputs, batch.puzzle, batch.identity)
     state = batch.state
-    # What follows the prior and gets no gradient goes together, as far as that is all rows.
+    # What follows the prior and gets no gradient goes together: all rows as far as they do, and
+    # those that follow it throughout to the end.
     together = 0 if follow else count - window
-    prior, own = slice(0, prior_rows), slice(prior_rows, None)
     with torch.no_grad():
-        state = model.prior_transitions(state, e_x, noise, together)
-        first = _take(state, prior)
-        if prior_rows:
-            prior_noise = noise[together:, prior]
-            first = model.prior_transitions(first, e_x[prior], prior_noise, count - together)
-    state, e_x, noise = _take(state, own), e_x[own], noise[:, own]
+        first, state = model.staggered_transitions(state, e_x, noise, prior_rows, count, together)
+    own = slice(prior_rows, None)
+    e_x, noise = e_x[own], noise[:, own]
     e_y = model.embed_answer(batch.target[own]) if guided else e_x
     charged = plain = e_x.new_zeros(len(e_x), dtype=torch.float32)
     for t in range(together, count):

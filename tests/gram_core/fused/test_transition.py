@@ -254,6 +254,43 @@ def test_no_transition_leaves_the_state(fusing):
 
 
 @pytest.mark.parametrize("settings", VARIANTS[:2], ids=str)
+@pytest.mark.parametrize(("ahead", "count"), [(1, 1), (4, 2), (4, 0), (11, 1), (0, 2)])
+def test_some_rows_go_further(fusing, separately, error, settings, ahead, count):
+    """As if the first had gone alone, fused or not; groups are of three sequences here."""
+    model = gram(**settings)
+    h, low, e_x = draw(11, model.length, 64)
+    noise = torch.randn(3, 11, model.length, 64)
+    state = State(h, low)
+    some = (State(h[:ahead], low[:ahead]), e_x[:ahead], noise[:, :ahead], 3)
+    with torch.no_grad():
+        first, rest = model.staggered_transitions(state, e_x, noise, ahead, 3, count)
+        whole = model.prior_transitions(state, e_x, noise, count)
+        alone = model.prior_transitions(*some)
+        assert torch.equal(first.h, alone.h) and torch.equal(first.l, alone.l)
+        assert torch.equal(rest.h, whole.h[ahead:]) and torch.equal(rest.l, whole.l[ahead:])
+        first, rest = separately(model.staggered_transitions, state, e_x, noise, ahead, 3, count)
+        whole = separately(model.prior_transitions, state, e_x, noise, count)
+        assert len(first.h) == ahead
+        if ahead:
+            alone = separately(model.prior_transitions, *some)
+            assert error(first.h, alone.h.double()) < 1e-4
+        assert ahead == 11 or error(rest.h, whole.h[ahead:].double()) < 1e-4
+
+
+@pytest.mark.parametrize("settings", VARIANTS[:2], ids=str)
+def test_noise_may_lie_in_any_order(fusing, settings):
+    model = gram(**settings)
+    h, low, e_x = draw(7, model.length, 64)
+    noise = torch.randn(7, 3, model.length, 64).transpose(0, 1)  # as it is drawn
+    turned = torch.randn(2, 7, 64, model.length).transpose(2, 3)
+    with torch.no_grad():
+        for lies in (noise, noise[:, :, :], noise[1:], turned):
+            mine = model.prior_transitions(State(h, low), e_x, lies, 2)
+            theirs = model.prior_transitions(State(h, low), e_x, lies.contiguous(), 2)
+            assert torch.equal(mine.h, theirs.h) and torch.equal(mine.l, theirs.l)
+
+
+@pytest.mark.parametrize("settings", VARIANTS[:2], ids=str)
 def test_rows_do_not_depend_on_their_company_nor_on_threads(fusing, settings):
     model = gram(**settings)
     h, low, e_x = draw(23, model.length, 64)
@@ -320,7 +357,7 @@ def test_the_operations_are_well_behaved_in_graphs(fusing):
             )  # fmt: skip
             torch.library.opcheck(
                 torch.ops.gram.transitions.default,
-                (h.detach(), low, laid_out, None, 2, [w.detach() for w in stacks.weights],
+                (h.detach(), low, laid_out, None, [2, 1, 1], [w.detach() for w in stacks.weights],
                  *stacks.arguments()[1:], stacks.eps, [], [], 0.0, 0.0, False, False),
             )  # fmt: skip
 
