@@ -109,9 +109,9 @@ def _like_heads(
     exponential: bool,
     half: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    count, (*positions, dim) = len(weights) // 2, x.shape
+    count, positions = len(weights) // 2, x.shape[:-1]
     kept = x.new_empty(
-        (*positions, dim + count * 2 * weights[1].shape[1]),
+        (*positions, count * 2 * weights[1].shape[1]),
         dtype=torch.bfloat16 if half else torch.float32,
     )
     slope = x.new_empty(x.shape if deviates else 0)
@@ -120,37 +120,39 @@ def _like_heads(
 
 def _heads_backward(
     grads: list[Tensor],
+    x: Tensor,
     kept: Tensor,
     slope: Tensor,
     weights: list[Tensor],
     deviates: bool,
     half: bool,
 ) -> list[Tensor]:
-    grads, kept, slope = [g.contiguous() for g in grads], kept.contiguous(), slope.contiguous()
-    x = torch.empty_like(grads[0])
-    out = room_for_gradients(weights, x)
+    grads, x = [grad.contiguous() for grad in grads], x.contiguous()
+    kept, slope = kept.contiguous(), slope.contiguous()
+    back, out = torch.empty_like(x), room_for_gradients(weights, x)
     _run(
-        "gram_heads_backward", x, weights, out_grad=array(grads), kept=kept.data_ptr(),
-        slope=slope.data_ptr() if deviates else None, x_back=x.data_ptr(), weights_back=array(out),
-        half=half,
+        "gram_heads_backward", x, weights, x=x.data_ptr(), out_grad=array(grads),
+        kept=kept.data_ptr(), slope=slope.data_ptr() if deviates else None,
+        x_back=back.data_ptr(), weights_back=array(out), half=half,
     )  # fmt: skip
-    return [x, *out]
+    return [back, *out]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
-    _, weights, ctx.deviates, _, _, _, ctx.half = inputs
-    out, kept, slope = output
+    x, weights, ctx.deviates, _, _, _, ctx.half = inputs
+    _, kept, slope = output
     ctx.mark_non_differentiable(kept, slope)
     ctx.set_materialize_grads(False)  # there would be one as large as what is kept
-    ctx.save_for_backward(kept, slope, *weights)
-    ctx.shape = out[0].shape
+    ctx.save_for_backward(x, kept, slope, *weights)
 
 
 def _back(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Any, ...]:
-    kept, slope, *weights = ctx.saved_tensors
-    grads = [weights[0].new_zeros(ctx.shape) if grad is None else grad for grad in grads]
-    x, *back = torch.ops.gram.heads_backward(grads, kept, slope, weights, ctx.deviates, ctx.half)
-    return x, back, None, None, None, None, None
+    x, kept, slope, *weights = ctx.saved_tensors
+    grads = [torch.zeros_like(x) if grad is None else grad for grad in grads]
+    back, *of_weights = torch.ops.gram.heads_backward(
+        grads, x, kept, slope, weights, ctx.deviates, ctx.half
+    )
+    return back, of_weights, None, None, None, None, None
 
 
 def _no_second(ctx: Any, grads: list[Tensor]) -> None:
@@ -162,16 +164,16 @@ operations.define(
     " bool half) -> (Tensor[], Tensor, Tensor)"
 )
 operations.define(
-    "heads_backward(Tensor[] grads, Tensor kept, Tensor slope, Tensor[] weights, bool deviates,"
-    " bool half) -> Tensor[]"
+    "heads_backward(Tensor[] grads, Tensor x, Tensor kept, Tensor slope, Tensor[] weights,"
+    " bool deviates, bool half) -> Tensor[]"
 )
 operations.impl("heads", _heads, "CPU")
 operations.impl("heads_backward", _heads_backward, "CPU")
 torch.library.register_fake("gram::heads", _like_heads, lib=operations)
 torch.library.register_fake(
     "gram::heads_backward",
-    lambda grads, kept, slope, weights, *_: [
-        grads[0].new_empty(grads[0].shape),
+    lambda grads, x, kept, slope, weights, *_: [
+        x.new_empty(x.shape),
         *(w.new_empty(w.shape) for w in weights),
     ],
     lib=operations,

@@ -14,7 +14,7 @@ struct HeadsCall {
     const float* x;
     const float* const* weights;  // gate and up, down, of each head
     float* const* out;
-    void* kept;    // x and each head's gate and up
+    void* kept;    // each head's gate and up
     float* slope;  // of the deviation, which is the last head's; null: none
     const float* const* out_grad;
     float* x_back;
@@ -25,14 +25,9 @@ struct HeadsCall {
     // Positions as sequences of one, and no stack.
     Shape shape() const { return {positions, 1, dim, 1, ffn, 0, 0}; }
     int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
-    long whole() const { return positions * dim; }
-    template <class T>
-    typename T::Number* kept_x() const {
-        return static_cast<typename T::Number*>(kept);
-    }
     template <class T>
     typename T::Number* gate_up(long head) const {
-        return kept_x<T>() + whole() + head * positions * 2 * ffn;
+        return static_cast<typename T::Number*>(kept) + head * positions * 2 * ffn;
     }
     // Of each head, from a position on.
     std::vector<Output> outputs(const Deviation& deviation) const {
@@ -84,9 +79,8 @@ int run_heads(const HeadsCall& c) {
             if (!mine) continue;
             mine->begin(g);
             const long at = mine->first * c.dim;
-            mine->round_into(c.template kept_x<T>() + at);
-            for (long i = 0; i < mine->rows * c.dim; i += W)
-                T::put(mine->rounded + i, load(c.x + at + i));
+            // Only read: a product's left factor.
+            mine->rounded = const_cast<typename T::Number*>(mine->in_format(c.x + at, mine->narrow));
             const long size = mine->rows * c.dim;
             auto gate_up = [&](long k) {
                 return c.template gate_up<T>(k) + mine->first * 2 * c.ffn;
@@ -121,10 +115,12 @@ int run_heads_backward(const HeadsCall& c) {
         for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
         std::unique_ptr<SwiglusBackward<T>> mine;
         std::vector<Span<T>> spans;  // of each head
+        Buffer given;
         std::vector<float*> weights;
         try {
             mine.reset(new SwiglusBackward<T>(s));
             for (long k = 0; k < c.heads; k++) spans.emplace_back(s);
+            given.resize(s.group() * c.dim);
             weights = sums.of(me);
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
@@ -137,16 +133,15 @@ int run_heads_backward(const HeadsCall& c) {
                 mine->begin(g);
                 const long at = mine->first * c.dim, size = mine->rows * c.dim;
                 std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
+                const auto* x = mine->in_format(c.x + at, given);
                 for (long k = 0; k < c.heads; k++) {
                     for (long i = 0; i < size; i += W)
                         T::put(mine->rounded + i, outputs[k].back(c.out_grad[k], at + i));
                     const bool last = k + 1 == c.heads;  // then the next group's
-                    const auto* x = c.template kept_x<T>() + at;
                     const Memory grad{{last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at},
                                       size};
                     const float* slope = last ? nullptr : outputs[k + 1].slope;
-                    const Memory beside = slope ? Memory{{slope + at}, size}
-                                                : mine->part(x + size, size);
+                    const Memory beside{{slope ? slope + at : c.x + at + size}, size};
                     mine->swiglu(heads[k].down, heads[k].gate_up, x,
                                  c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
                                  g - start, grad, beside);

@@ -71,6 +71,9 @@ def fuse() -> bool:
         return False
     # With AMX torch's own products are several times as fast as these.
     half = "__AVX512BF16__" in macros and "__AMX_BF16__" not in macros
+    # A compiled graph holds what these modules said of an operation's results; torch's cache, which
+    # outlives a release, knows an operation by its name alone.
+    torch.compiler.config.cache_key_tag = _digest(sorted(SOURCE.parent.glob("*.py")))
     process.library = library
     process.formats = (torch.float32, torch.bfloat16) if half else (torch.float32,)
     return True
@@ -83,14 +86,19 @@ def _gxx(*arguments: str) -> str:
     return done.stdout
 
 
+def _digest(files: Iterable[Path], *texts: str) -> str:
+    digest = hashlib.sha256("".join(texts).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _compiled(macros: str) -> ctypes.CDLL:
     """The library for this source, compiler and processor, of which the last two are told by what
     the compiler defines."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    key = hashlib.sha256(" ".join(FLAGS).encode() + macros.encode())
-    for part in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))):
-        key.update(part.read_bytes())
-    library = Path(root) / "gram" / f"{key.hexdigest()[:16]}.so"
+    key = _digest([SOURCE, *sorted(SOURCE.parent.glob("*.h"))], " ".join(FLAGS), macros)
+    library = Path(root) / "gram" / f"{key}.so"
     if library.exists():
         try:
             return ctypes.CDLL(str(library))

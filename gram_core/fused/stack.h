@@ -101,6 +101,17 @@ struct Group {
         first = from, count = some, rows = some * L;
     }
 
+    // x [rows, D] in the products' format: float32 itself, or rounded in `room`.
+    const Number* in_format(const float* x, Buffer& room) const {
+        if constexpr (N == 1) {
+            return x;
+        } else {
+            Number* to = numbers(room.data());
+            for (long i = 0; i < rows * D; i += W) T::put(to + i, load(x + i));
+            return to;
+        }
+    }
+
     // What is rounded next is written where it is kept, if it is.
     void round_into(Number* kept) { rounded = kept ? kept : numbers(narrow.data()); }
 

@@ -106,7 +106,7 @@ def test_they_are_well_behaved_in_graphs(fusing, deviates):
         out, kept, slope = torch.ops.gram.heads(*arguments)
         torch.library.opcheck(
             torch.ops.gram.heads_backward.default,
-            ([*out], kept, slope, [w.detach() for w in weights], deviates, False),
+            ([*out], x.detach(), kept, slope, [w.detach() for w in weights], deviates, False),
         )
 
 

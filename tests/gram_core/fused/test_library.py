@@ -116,3 +116,32 @@ def test_one_openmp_runtime_serves_torch_and_the_operations(fusing):
         pytest.skip("no /proc here")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+GRAPH = """
+import torch
+from gram_core.fused import heads, library
+assert library.fuse()
+gate_up, down = torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(32, 32, bias=False)
+def mean(x):
+    return heads.gaussian(x, heads.Heads(mean=[gate_up.weight, down.weight]))[0].sum()
+torch.compile(mean)(torch.randn(2, 5, 32, requires_grad=True)).backward()
+"""
+
+
+def test_a_graph_that_torch_kept_for_other_operations_is_not_taken(fusing, tmp_path):
+    """The same call, of another release whose operation leaves more behind."""
+    package = Path(library.__file__).parents[1]
+    other, cache = tmp_path / "other", tmp_path / "cache"
+    shutil.copytree(package, other / "gram_core")
+    cache.mkdir()
+    module = other / "gram_core" / "fused" / "heads.py"
+    text = module.read_text()
+    assert "(*positions, count * 2" in text
+    module.write_text(text.replace("(*positions, count * 2", "(*positions, 1 + count * 2"))
+    for place in (package.parent, other):
+        done = subprocess.run(
+            [sys.executable, "-c", GRAPH], capture_output=True, text=True, cwd=cache,
+            env={**os.environ, "PYTHONPATH": str(place), "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
