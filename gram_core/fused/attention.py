@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gram_core.fused.library import call, fields, operations, process
+from gram_core.fused.library import NAMESPACE, call, fields, operations, ops, process
 
 CHANNELS = (16, 32, 64, 128)  # of a head, that attention is compiled for
 
@@ -35,7 +35,7 @@ def attend(
 ) -> Float[Tensor, "B L D"]:
     """Softmax attention between rotated queries and keys, in the format of `qkv`; `rope` is the
     table of `gram_core.model.layers.rope_table`. For what `fits`. Its gradient has none."""
-    out: Tensor = torch.ops.gram.attend(qkv, rope, heads)
+    out: Tensor = ops.attend(qkv, rope, heads)
     return out
 
 
@@ -75,7 +75,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
 
 
 def _back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.gram.attend_backward(grad, *ctx.saved_tensors, ctx.heads), None, None
+    return ops.attend_backward(grad, *ctx.saved_tensors, ctx.heads), None, None
 
 
 def _no_second(ctx: Any, grad: Tensor) -> None:
@@ -86,11 +86,11 @@ operations.define("attend(Tensor qkv, Tensor rope, int heads) -> Tensor")
 operations.define("attend_backward(Tensor grad, Tensor qkv, Tensor rope, int heads) -> Tensor")
 operations.impl("attend", _attend, "CPU")
 operations.impl("attend_backward", _attend_backward, "CPU")
-torch.library.register_fake("gram::attend", _like_attended, lib=operations)
+torch.library.register_fake(f"{NAMESPACE}::attend", _like_attended, lib=operations)
 torch.library.register_fake(
-    "gram::attend_backward",
+    f"{NAMESPACE}::attend_backward",
     lambda grad, qkv, rope, heads: qkv.new_empty(qkv.shape),
     lib=operations,
 )
-torch.library.register_autograd("gram::attend_backward", _no_second, lib=operations)
-torch.library.register_autograd("gram::attend", _back, setup_context=_keep, lib=operations)
+torch.library.register_autograd(f"{NAMESPACE}::attend_backward", _no_second, lib=operations)
+torch.library.register_autograd(f"{NAMESPACE}::attend", _back, setup_context=_keep, lib=operations)

@@ -10,35 +10,27 @@ struct Swiglu {  // laid out
     const float *gate_up, *down;
 };
 
-// What a head gives: as it is, or a deviation and how fast it grows with what it is made of.
+// Where a head's [positions, D] go: as they are, or with a slope as a deviation and its derivative.
 struct Output {
-    float* out;
-    const Deviation* deviation = nullptr;
-    float* slope = nullptr;
-
-    Output from(long at) const { return {out + at, deviation, deviation ? slope + at : nullptr}; }
-    void put(long at, Lanes x) const {
-        if (!deviation) return store(out + at, x);
-        const Deviation::Value value = deviation->of(x);
-        store(out + at, value.std);
-        store(slope + at, value.slope);
-    }
-    // Its gradient's at what a head gives.
-    Lanes back(const float* grad, long at) const {
-        return deviation ? load(grad + at) * load(slope + at) : load(grad + at);
-    }
+    float *out, *slope;
 };
 
-// [positions, D] of a head; what is rounded is its input. `next` is wanted then.
+// A head of x [positions, D]. `next` is wanted then.
 template <class T>
-void head_forward(Swiglus<T>& w, const Swiglu& weights, const Output& to, typename T::Number* kept,
+void head_forward(Swiglus<T>& w, const typename T::Number* x, const Swiglu& weights,
+                  const Deviation& deviation, const Output& to, typename T::Number* kept,
                   Memory next) {
     constexpr int N = T::IN_LANE;
     const long size = w.rows * w.D;
-    w.gate(weights.gate_up, kept, {{to.out, true}, size}, {{to.slope, true}, size});
+    w.gate(x, weights.gate_up, kept, {{to.out, true}, size}, {{to.slope, true}, size});
     product<T>(w.hidden.data(), w.F / N, 1, w.rows,
-               in_panels(weights.down, w.F / N, w.D).then(next),
-               [&](long i, long d, Lanes x) { to.put(i * w.D + d, x); });
+               in_panels(weights.down, w.F / N, w.D).then(next), [&](long i, long d, Lanes sum) {
+                   const long at = i * w.D + d;
+                   if (!to.slope) return store(to.out + at, sum);
+                   const Deviation::Value value = deviation.of(sum);
+                   store(to.out + at, value.std);
+                   store(to.slope + at, value.slope);
+               });
 }
 
 }  // namespace

@@ -13,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gram_core.fused.library import (
+    NAMESPACE,
     VECTOR,
     array,
     call,
     fields,
     operations,
+    ops,
     products,
     room_for_gradients,
 )
@@ -54,7 +56,7 @@ def gaussian(
 ) -> tuple[Float[Tensor, "... D"] | None, Float[Tensor, "... D"] | None]:
     """Mean and deviation that the heads give of x, in float32. For what `fits`. Their gradient has
     none."""
-    out, _, _ = torch.ops.gram.heads(
+    out, _, _ = ops.heads(
         x.float(), [*heads.mean, *heads.std], bool(heads.std), heads.offset, heads.floor,
         heads.exponential, products() == torch.bfloat16,
     )  # fmt: skip
@@ -66,7 +68,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = fields(
         "x *weights *out kept slope *out_grad x_back *weights_back",
-        "positions dim ffn heads",
+        "positions dim ffn heads kept_numbers",
         "offset floor",
         "exponential half threads",
     )
@@ -95,7 +97,7 @@ def _heads(
     _run(
         "gram_heads", x, weights, x=x.data_ptr(), out=array(out), kept=kept.data_ptr(),
         slope=slope.data_ptr() if deviates else None, offset=offset, floor=floor,
-        exponential=exponential, half=half,
+        exponential=exponential, half=half, kept_numbers=kept.numel(),
     )  # fmt: skip
     return out, kept, slope
 
@@ -133,7 +135,7 @@ def _heads_backward(
     _run(
         "gram_heads_backward", x, weights, x=x.data_ptr(), out_grad=array(grads),
         kept=kept.data_ptr(), slope=slope.data_ptr() if deviates else None,
-        x_back=back.data_ptr(), weights_back=array(out), half=half,
+        x_back=back.data_ptr(), weights_back=array(out), half=half, kept_numbers=kept.numel(),
     )  # fmt: skip
     return [back, *out]
 
@@ -149,9 +151,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor,
 def _back(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Any, ...]:
     x, kept, slope, *weights = ctx.saved_tensors
     grads = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-    back, *of_weights = torch.ops.gram.heads_backward(
-        grads, x, kept, slope, weights, ctx.deviates, ctx.half
-    )
+    back, *of_weights = ops.heads_backward(grads, x, kept, slope, weights, ctx.deviates, ctx.half)
     return back, of_weights, None, None, None, None, None
 
 
@@ -169,14 +169,14 @@ operations.define(
 )
 operations.impl("heads", _heads, "CPU")
 operations.impl("heads_backward", _heads_backward, "CPU")
-torch.library.register_fake("gram::heads", _like_heads, lib=operations)
+torch.library.register_fake(f"{NAMESPACE}::heads", _like_heads, lib=operations)
 torch.library.register_fake(
-    "gram::heads_backward",
+    f"{NAMESPACE}::heads_backward",
     lambda grads, x, kept, slope, weights, *_: [
         x.new_empty(x.shape),
         *(w.new_empty(w.shape) for w in weights),
     ],
     lib=operations,
 )
-torch.library.register_autograd("gram::heads_backward", _no_second, lib=operations)
-torch.library.register_autograd("gram::heads", _back, setup_context=_keep, lib=operations)
+torch.library.register_autograd(f"{NAMESPACE}::heads_backward", _no_second, lib=operations)
+torch.library.register_autograd(f"{NAMESPACE}::heads", _back, setup_context=_keep, lib=operations)

@@ -20,6 +20,7 @@ struct HeadsCall {
     float* x_back;
     float* const* weights_back;
     long positions, dim, ffn, heads;
+    long kept_numbers;  // room for so many
     float offset, floor;
     int exponential, half, threads;
     // Positions as sequences of one, and no stack.
@@ -29,15 +30,10 @@ struct HeadsCall {
     typename T::Number* gate_up(long head) const {
         return static_cast<typename T::Number*>(kept) + head * positions * 2 * ffn;
     }
-    // Of each head, from a position on.
-    std::vector<Output> outputs(const Deviation& deviation) const {
-        std::vector<Output> all;
-        for (long k = 0; k < heads; k++) {
-            const bool deviates = slope && k + 1 == heads;
-            all.push_back({out ? out[k] : nullptr, deviates ? &deviation : nullptr,
-                           deviates ? slope : nullptr});
-        }
-        return all;
+    // Null but for the deviation.
+    float* slope_of(long head) const { return head + 1 == heads ? slope : nullptr; }
+    bool has_room() const {
+        return kept_numbers == heads * positions * 2 * ffn;
     }
     // Allocates `packing`.
     template <class T>
@@ -58,11 +54,11 @@ struct HeadsCall {
 
 template <class T>
 int run_heads(const HeadsCall& c) {
+    if (!c.has_room()) return UNFIT;
     const Shape s = c.shape();
     Packing<T> packing;
     const std::vector<Swiglu> heads = c.template laid_out<T>(packing, false);
     const Deviation deviation{c.offset, c.floor, c.exponential != 0};
-    const std::vector<Output> outputs = c.outputs(deviation);
     std::atomic<int> failed{0};
 #pragma omp parallel num_threads(c.team())
     {
@@ -78,10 +74,8 @@ int run_heads(const HeadsCall& c) {
         for (long g = 0; g < s.groups(); g++) {
             if (!mine) continue;
             mine->begin(g);
-            const long at = mine->first * c.dim;
-            // Only read: a product's left factor.
-            mine->rounded = const_cast<typename T::Number*>(mine->in_format(c.x + at, mine->narrow));
-            const long size = mine->rows * c.dim;
+            const long at = mine->first * c.dim, size = mine->rows * c.dim;
+            const auto* x = mine->in_format(c.x + at, mine->narrow);
             auto gate_up = [&](long k) {
                 return c.template gate_up<T>(k) + mine->first * 2 * c.ffn;
             };
@@ -89,7 +83,9 @@ int run_heads(const HeadsCall& c) {
                 const bool last = k + 1 == c.heads;  // then the next group's x
                 const Memory next = last ? Memory{{c.x + at + size}, size}
                                          : mine->room(gate_up(k + 1), mine->rows * 2 * c.ffn);
-                head_forward<T>(*mine, heads[k], outputs[k].from(at), gate_up(k), next);
+                float* slope = c.slope_of(k);
+                head_forward<T>(*mine, x, heads[k], deviation,
+                                {c.out[k] + at, slope ? slope + at : nullptr}, gate_up(k), next);
             }
         }
     }
@@ -98,11 +94,10 @@ int run_heads(const HeadsCall& c) {
 
 template <class T>
 int run_heads_backward(const HeadsCall& c) {
+    if (!c.has_room()) return UNFIT;
     const Shape s = c.shape();
     Packing<T> packing;
     const std::vector<Swiglu> heads = c.template laid_out<T>(packing, true);
-    const Deviation deviation{c.offset, c.floor, c.exponential != 0};
-    const std::vector<Output> outputs = c.outputs(deviation);
     const std::vector<Chunk> chunks = chunks_of(s);
     std::vector<long> sizes;
     for (long k = 0; k < 2 * c.heads; k++) sizes.push_back((2 - k % 2) * c.ffn * c.dim);
@@ -120,7 +115,7 @@ int run_heads_backward(const HeadsCall& c) {
         try {
             mine.reset(new SwiglusBackward<T>(s));
             for (long k = 0; k < c.heads; k++) spans.emplace_back(s);
-            given.resize(s.group() * c.dim);
+            given.resize((T::IN_LANE - 1) * s.group() * c.dim / T::IN_LANE);
             weights = sums.of(me);
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
@@ -135,16 +130,17 @@ int run_heads_backward(const HeadsCall& c) {
                 std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
                 const auto* x = mine->in_format(c.x + at, given);
                 for (long k = 0; k < c.heads; k++) {
+                    const float *grad = c.out_grad[k] + at, *slope = c.slope_of(k);
                     for (long i = 0; i < size; i += W)
-                        T::put(mine->rounded + i, outputs[k].back(c.out_grad[k], at + i));
+                        T::put(mine->rounded + i,
+                               slope ? load(grad + i) * load(slope + at + i) : load(grad + i));
                     const bool last = k + 1 == c.heads;  // then the next group's
-                    const Memory grad{{last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at},
-                                      size};
-                    const float* slope = last ? nullptr : outputs[k + 1].slope;
-                    const Memory beside{{slope ? slope + at : c.x + at + size}, size};
+                    const float* next = last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at;
+                    const float* slopes = last ? nullptr : c.slope_of(k + 1);
+                    const float* beside = slopes ? slopes + at : c.x + at + size;
                     mine->swiglu(heads[k].down, heads[k].gate_up, x,
                                  c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
-                                 g - start, grad, beside);
+                                 g - start, {{next}, size}, {{beside}, size});
                 }
                 memcpy(c.x_back + at, mine->residual.data(), size * 4);
             }

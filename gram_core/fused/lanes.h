@@ -120,10 +120,10 @@ struct Ahead {
     const float* at;
     bool write = false;
 };
-struct Nothing {};
+struct Nothing {};  // is wanted
 
 // One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
-// VECTORS vectors of columns. Meanwhile a cache line a step is fetched, from `ahead` on.
+// VECTORS vectors of columns. Meanwhile a cache line a step is fetched, from `ahead` on, if any.
 template <class T, int R, int VECTORS, class Wanted, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
                  Wanted ahead, Put put) {
@@ -302,8 +302,10 @@ inline void transpose(const float* in, long in_width, float* out, long out_width
         Lanes x[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) x[r] = every_fourth(in + r * in_width + c, in_width);
-        const Lanes a = __builtin_shuffle(x[0], x[1], low), b = __builtin_shuffle(x[2], x[3], low),
-                    d = __builtin_shuffle(x[0], x[1], high), e = __builtin_shuffle(x[2], x[3], high);
+        const Lanes a = __builtin_shuffle(x[0], x[1], low);
+        const Lanes b = __builtin_shuffle(x[2], x[3], low);
+        const Lanes d = __builtin_shuffle(x[0], x[1], high);
+        const Lanes e = __builtin_shuffle(x[2], x[3], high);
         float* column = out + c * out_width;
         store(column, __builtin_shuffle(a, b, even));
         store(column + out_width, __builtin_shuffle(a, b, odd));

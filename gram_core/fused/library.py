@@ -71,9 +71,6 @@ def fuse() -> bool:
         return False
     # With AMX torch's own products are several times as fast as these.
     half = "__AVX512BF16__" in macros and "__AMX_BF16__" not in macros
-    # A compiled graph holds what these modules said of an operation's results; torch's cache, which
-    # outlives a release, knows an operation by its name alone.
-    torch.compiler.config.cache_key_tag = _digest(sorted(SOURCE.parent.glob("*.py")))
     process.library = library
     process.formats = (torch.float32, torch.bfloat16) if half else (torch.float32,)
     return True
@@ -174,5 +171,9 @@ def cut_up(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_status") for parameter in module.parameters())
 
 
-# What torch knows the operations by; each module beside this one defines its own.
-operations: Any = torch.library.Library("gram", "DEF")  # type: ignore[no-untyped-call]
+# What torch knows the operations by; each module beside this one defines its own. A compiled
+# graph holds what these modules say of an operation's results, and torch's cache of graphs, which
+# outlives a release, knows an operation by its name alone: so the name says which modules they are.
+NAMESPACE = f"gram_{_digest(sorted(SOURCE.parent.glob('*.py')))}"
+operations: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+ops: Any = getattr(torch.ops, NAMESPACE)

@@ -95,10 +95,10 @@ struct Group {
 
     void begin(long group) {
         const long at = group * shape.group();
-        begin_with_sequences(at, std::min(shape.group(), shape.batch - at));
+        take(at, std::min(shape.group(), shape.batch - at));
     }
-    void begin_with_sequences(long from, long some) {
-        first = from, count = some, rows = some * L;
+    void take(long from, long sequences) {
+        first = from, count = sequences, rows = sequences * L;
     }
 
     // x [rows, D] in the products' format: float32 itself, or rounded in `room`.
@@ -132,7 +132,7 @@ template <class T>
 struct Swiglus : Group<T> {
     using Base = Group<T>;
     using typename Base::Number;
-    using Base::D, Base::F, Base::lanes, Base::N, Base::numbers, Base::rounded, Base::rows;
+    using Base::D, Base::F, Base::lanes, Base::N, Base::numbers, Base::rows;
     Buffer wide, hidden;
 
     explicit Swiglus(const Shape& s, long wide_lanes = 0, long hidden_lanes = 0)
@@ -144,13 +144,14 @@ struct Swiglus : Group<T> {
         return N == 1 && kept ? reinterpret_cast<float*>(kept) : wide.data();
     }
 
-    // The hidden numbers of a SwiGLU of what is rounded, into `hidden`; gate and up are kept, if
-    // anywhere. `next` is written then.
-    void gate(const float* gate_up, Number* kept, Memory next = {}, Memory last = {}) {
+    // The hidden numbers of a SwiGLU of x, into `hidden`; gate and up are kept, if anywhere. `next`
+    // and `last` are written then.
+    void gate(const Number* x, const float* gate_up, Number* kept, Memory next = {},
+              Memory last = {}) {
         float* both = wide_or(kept);
-        product<T>(lanes(rounded), D / N, 1, rows,
+        product<T>(lanes(x), D / N, 1, rows,
                    in_panels(gate_up, D / N, 2 * F).then(next, last),
-                   [&](long i, long f, Lanes x) { store(both + i * 2 * F + f, x); });
+                   [&](long i, long f, Lanes sum) { store(both + i * 2 * F + f, sum); });
         for (long i = 0; i < rows; i++)
             for (long f = 0; f < F; f += W) {
                 const long at = i * 2 * F + f;
@@ -185,7 +186,7 @@ struct Worker : Swiglus<T> {
             const Kept<T> here = of(b), next = of(b + 1);
             mix(weights[b], here);
             norm(here.normed, here.scale);
-            Base::gate(weights[b].gate_up, here.gate_up, Base::room(here.out, rows * D));
+            Base::gate(rounded, weights[b].gate_up, here.gate_up, Base::room(here.out, rows * D));
             // Within a stack the next block's x is what this one puts out.
             const Number* x = b + 1 < shape.blocks ? nullptr : next.x;
             Base::add(hidden.data(), weights[b].down, F, Base::room(x, rows * D),

@@ -31,8 +31,8 @@ struct Transitions {
         : w(worker), stacks(stacks), prior(prior), D(worker.D), h(worker.most * D),
           low(worker.most * D), e_x(worker.most * D), context(worker.most * D) {}
 
-    // `noise` of this group, `apart` from sequence to sequence, null without deviation; `kept` of each
-    // application's blocks and one more, or null.
+    // `noise` of this group, `apart` from sequence to sequence, null without deviation; `kept` of
+    // each application's blocks and one more, or null.
     void step(const float* noise, long apart, const Kept<T>* kept) {
         const long blocks = w.shape.blocks, size = w.rows * D;
         auto of = [&](long application) { return kept ? kept + application * blocks : nullptr; };
@@ -51,14 +51,14 @@ struct Transitions {
     // u += mean + std * noise
     void guide(const float* noise, long apart) {
         if (prior.std_gate_up) {
-            w.gate(prior.std_gate_up, nullptr);
+            w.gate(w.rounded, prior.std_gate_up, nullptr);
             head(prior.std_down, [&](long i, long d, Lanes x) {
                 const float* row = noise + i / w.L * apart + i % w.L * D;
                 return prior.deviation.of(x).std * load(row + d);
             });
         }
         if (prior.mean_gate_up) {
-            w.gate(prior.mean_gate_up, nullptr);
+            w.gate(w.rounded, prior.mean_gate_up, nullptr);
             head(prior.mean_down, [](long, long, Lanes x) { return x; });
         }
     }

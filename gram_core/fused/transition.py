@@ -20,11 +20,13 @@ from torch import Tensor
 from gram_core.fused.attention import CHANNELS
 from gram_core.fused.heads import Heads
 from gram_core.fused.library import (
+    NAMESPACE,
     VECTOR,
     array,
     call,
     fields,
     operations,
+    ops,
     products,
     room_for_gradients,
 )
@@ -89,7 +91,7 @@ def transitions(
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L D"]]:
     """(h, l) after `count` transitions, of the first `ahead` rows after `more` of them more, in
     float32; `noise` for a prior with a deviation. For what is `wanted` and `fits`. No gradients."""
-    out: tuple[Tensor, Tensor] = torch.ops.gram.transitions(
+    out: tuple[Tensor, Tensor] = ops.transitions(
         h.float(), low.float(), e_x.float(), noise, [count, ahead, more], *stacks.arguments(),
         stacks.eps,
         list(prior.mean), list(prior.std), prior.offset, prior.floor, prior.exponential,
@@ -108,7 +110,7 @@ def recursion(
     Its gradient has none."""
     if not torch.is_grad_enabled():
         return transitions(h, low, e_x, None, 1, stacks, Heads())
-    u, low, _, _ = torch.ops.gram.recursion(
+    u, low, _, _ = ops.recursion(
         h.float(), low.float(), e_x.float(), *stacks.arguments(), stacks.eps,
         products() == torch.bfloat16,
     )  # fmt: skip
@@ -269,7 +271,7 @@ def _back(ctx: Any, h_grad: Tensor | None, low_grad: Tensor | None, *_: Any) -> 
     kept, scales, rope, *stacks = ctx.saved_tensors
     h_grad = scales.new_zeros(ctx.shape) if h_grad is None else h_grad
     low_grad = scales.new_zeros(ctx.shape) if low_grad is None else low_grad
-    h, low, e_x, *weights = torch.ops.gram.recursion_backward(
+    h, low, e_x, *weights = ops.recursion_backward(
         h_grad, low_grad, kept, scales, stacks, rope, ctx.sizes, ctx.half
     )
     return h, low, e_x, weights, None, None, None, None
@@ -297,18 +299,20 @@ operations.impl("transitions", _transitions, "CPU")
 operations.impl("recursion", _recursion, "CPU")
 operations.impl("recursion_backward", _recursion_backward, "CPU")
 torch.library.register_fake(
-    "gram::transitions",
+    f"{NAMESPACE}::transitions",
     lambda h, *_: (h.new_empty(h.shape), h.new_empty(h.shape)),
     lib=operations,
 )
-torch.library.register_fake("gram::recursion", _like_recursion, lib=operations)
+torch.library.register_fake(f"{NAMESPACE}::recursion", _like_recursion, lib=operations)
 torch.library.register_fake(
-    "gram::recursion_backward",
+    f"{NAMESPACE}::recursion_backward",
     lambda h_grad, low_grad, kept, scales, stacks, *_: [
         *(h_grad.new_empty(h_grad.shape) for _ in range(3)),
         *(w.new_empty(w.shape) for w in stacks),
     ],
     lib=operations,
 )
-torch.library.register_autograd("gram::recursion_backward", _no_second, lib=operations)
-torch.library.register_autograd("gram::recursion", _back, setup_context=_keep, lib=operations)
+torch.library.register_autograd(f"{NAMESPACE}::recursion_backward", _no_second, lib=operations)
+torch.library.register_autograd(
+    f"{NAMESPACE}::recursion", _back, setup_context=_keep, lib=operations
+)

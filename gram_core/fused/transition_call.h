@@ -28,7 +28,8 @@ std::unique_ptr<Backward<T>> backward(const Shape& s, const float* table) {
                        [&](auto c) { return Made(new GradientsOf<T, c>(s, table)); });
 }
 
-struct Part {
+// Sequences that go through so many transitions together.
+struct Course {
     long first, count, transitions;
 };
 
@@ -52,19 +53,19 @@ struct TransitionCall {
     int exponential, half, threads;
     Shape shape() const { return {batch, length, dim, heads, ffn, mixing, blocks}; }
     long stack_count() const { return hierarchical ? 2 : 1; }
-    // Groups of sequences that go equally far, those that go further first.
-    std::vector<Part> parts() const {
-        std::vector<Part> all;
+    // Of groups and what is left of them, those that go further first.
+    std::vector<Course> courses() const {
+        std::vector<Course> all;
         const long group = shape().group();
         for (long first = 0; first < batch; first += all.back().count) {
             const bool further = first < ahead;
-            const long count = std::min(group, (further ? ahead : batch) - first);
+            const long count = std::min(group, (further ? std::min(ahead, batch) : batch) - first);
             all.push_back({first, count, transitions + (further ? more : 0)});
         }
         return all;
     }
-    // Threads that have a group to compute.
-    int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
+    // Threads that have one of so many to compute.
+    int team(long groups) const { return std::max(1L, std::min<long>(threads, groups)); }
     template <class T>
     bool has_room() const {
         return !kept || kept_numbers == (cycles + 1) * Kept<T>::of_application(shape());
@@ -131,9 +132,9 @@ int run_transitions(const TransitionCall& c) {
     const Stacks stacks{c.hierarchical ? blocks.data() + c.blocks : nullptr, blocks.data(),
                         c.cycles};
     const std::vector<Kept<T>> kept = kept_of<T>(c);
-    const std::vector<Part> parts = c.parts();
+    const std::vector<Course> courses = c.courses();
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(c.team())
+#pragma omp parallel num_threads(c.team(courses.size()))
     {
 #pragma omp for schedule(dynamic)
         for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
@@ -147,17 +148,17 @@ int run_transitions(const TransitionCall& c) {
             failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
-        for (long k = 0; k < long(parts.size()); k++) {
+        for (long k = 0; k < long(courses.size()); k++) {
             if (!state) continue;
-            const Part& part = parts[k];
-            mine->begin_with_sequences(part.first, part.count);
-            const long at = part.first * s.length * s.dim, bytes = mine->rows * s.dim * 4;
+            const Course& course = courses[k];
+            mine->take(course.first, course.count);
+            const long at = course.first * s.length * s.dim, bytes = mine->rows * s.dim * 4;
             memcpy(state->h.data(), c.h + at, bytes);
             memcpy(state->low.data(), c.low + at, bytes);
             memcpy(state->e_x.data(), c.e_x + at, bytes);
-            for (long t = 0; t < part.transitions; t++) {
+            for (long t = 0; t < course.transitions; t++) {
                 const float* noise = c.noise + t * c.noise_transition;
-                state->step(c.noise ? noise + part.first * c.noise_sequence : nullptr,
+                state->step(c.noise ? noise + course.first * c.noise_sequence : nullptr,
                             c.noise_sequence, c.kept ? kept.data() : nullptr);
             }
             memcpy(c.h_out + at, state->h.data(), bytes);
@@ -208,9 +209,10 @@ int run_backward(const TransitionCall& c) {
     // The gradient as it goes from application to application: in the end that of the first's
     // argument, l, or h where there is no f_L.
     float* grad = c.hierarchical ? c.low_back : c.h_back;
-    Sums sums(c.weights_back, weight_sizes(c), c.team());
+    const int threads = c.team(s.groups());
+    Sums sums(c.weights_back, weight_sizes(c), threads);
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(c.team())
+#pragma omp parallel num_threads(threads)
     {
         const long me = omp_get_thread_num(), team = omp_get_num_threads();
 #pragma omp for schedule(dynamic)

@@ -209,7 +209,13 @@ class GRAM(nn.Module):
         count: int,
     ) -> tuple[State, State]:
         """The first `ahead` rows after the first `further` of T transitions, and the other rows
-        after the first `count`, which are no more. Raises as `prior_transition`."""
+        after the first `count`. Raises as `prior_transition`, and `ValueError` for more rows than
+        there are, or that go less far than the others."""
+        if not 0 <= ahead <= len(state.h) or (ahead and further < count):
+            raise ValueError(
+                f"{ahead} of {len(state.h)} rows cannot go {further} transitions where the others "
+                f"go {count}; ahead is at most the number of rows, further at least count"
+            )
         drawn = (
             not self.config.stochastic
             if noise is None

@@ -208,5 +208,6 @@ class Slots:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts as one tensor; one alone as it is, for nobody else holds it."""
+    """The parts as one tensor; one alone as it is: nobody reads it any more where slots are
+    refilled in place, for the backward and the optimiser's step are done."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

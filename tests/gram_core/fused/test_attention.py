@@ -84,10 +84,10 @@ def test_a_number_that_is_none_is_seen_in_its_row_alone(vectors):
 def test_it_is_well_behaved_in_graphs(fusing):
     rope = rope_table(9, 16, 100.0)
     qkv = torch.randn(2, 9, 96, requires_grad=True)
-    torch.library.opcheck(torch.ops.gram.attend.default, (qkv, rope, 2))
+    torch.library.opcheck(library.ops.attend.default, (qkv, rope, 2))
     grad = torch.randn(2, 9, 32)
     for laid_out in (qkv.detach(), torch.randn(2, 96, 9).transpose(1, 2)):
-        torch.library.opcheck(torch.ops.gram.attend_backward.default, (grad, laid_out, rope, 2))
+        torch.library.opcheck(library.ops.attend_backward.default, (grad, laid_out, rope, 2))
 
 
 def test_what_does_not_fit_is_computed_by_separate_operations(monkeypatch):
@@ -131,7 +131,7 @@ def test_what_no_file_is_compiled_for_is_an_error(fusing):
 
 LITTLE = """
 import resource, sys, torch
-from gram_core.fused.library import fuse
+from gram_core.fused.library import fuse, ops
 from gram_core.model.layers import rope_table
 assert fuse()
 torch.set_num_threads(2)
@@ -140,7 +140,7 @@ qkv, rope = torch.randn(1, length, 48), rope_table(length, 16, 100.0)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
 try:
-    torch.ops.gram.attend_backward(torch.randn(1, length, 16), qkv, rope, 1)
+    ops.attend_backward(torch.randn(1, length, 16), qkv, rope, 1)
 except MemoryError as error:
     print(error)
 """

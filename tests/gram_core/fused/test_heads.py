@@ -29,6 +29,15 @@ def given(head, x):
     return [*mean, *(() if told.std is None else (told.std,))]
 
 
+def exactly(twin, x):
+    """The same of a twin in float64, as the paper has it."""
+    out = [] if twin.mean is None else [twin.mean(x)]
+    if twin.raw_std is not None:
+        raw = twin.raw_std(x) + twin.offset
+        out.append(twin.floor + (raw.exp() if twin.sigma == "exp" else (1 + raw.exp()).log()))
+    return out
+
+
 @pytest.mark.parametrize("sigma", ["softplus", "exp"])
 @pytest.mark.parametrize("guidance", ["full", "stochastic_only", "guide_only"])
 @pytest.mark.parametrize(("batch", "length", "dim", "ffn"), SHAPES)
@@ -44,7 +53,7 @@ def test_heads_and_their_gradient_are_the_exact_ones(
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
             assert library.wanted(x) and fused.fits(x, head.fused())
             out = given(head, x)
-        exact = given(twin, wide)
+        exact = exactly(twin, wide)
         grads = torch.randn(len(out), batch, length, dim)
         torch.autograd.backward(out, list(grads))
         torch.autograd.backward(exact, list(grads.double()))
@@ -58,7 +67,7 @@ def test_heads_and_their_gradient_are_the_exact_ones(
 
 
 @pytest.mark.parametrize("sigma", ["softplus", "exp"])
-def test_deviations_of_any_size_and_their_slopes(fusing, sigma):
+def test_deviations_of_any_size_and_their_slopes(vectors, sigma):
     """Large and small ones, against float64: relative errors, of the slope too."""
     head = head_of(guidance="stochastic_only", sigma=sigma, floor=1e-30)
     with torch.no_grad():
@@ -101,13 +110,22 @@ def test_they_are_well_behaved_in_graphs(fusing, deviates):
     weights = [w.detach().requires_grad_() for w in (*heads.mean, *heads.std)]
     x = torch.randn(2, 32, 5).transpose(1, 2).requires_grad_()
     arguments = (x, weights, deviates, 0.5, 1e-3, False, False)
-    torch.library.opcheck(torch.ops.gram.heads.default, arguments)
+    torch.library.opcheck(library.ops.heads.default, arguments)
     with torch.no_grad():
-        out, kept, slope = torch.ops.gram.heads(*arguments)
+        out, kept, slope = library.ops.heads(*arguments)
         torch.library.opcheck(
-            torch.ops.gram.heads_backward.default,
+            library.ops.heads_backward.default,
             ([*out], x.detach(), kept, slope, [w.detach() for w in weights], deviates, False),
         )
+
+
+def test_what_was_kept_of_another_size_is_refused(fusing):
+    heads = head_of().fused()
+    weights, x = [*heads.mean, *heads.std], torch.randn(2, 5, 32)
+    with torch.no_grad():
+        out, kept, slope = library.ops.heads(x, weights, True, 0.5, 1e-3, False, False)
+        with pytest.raises(ValueError, match="no format, width or size"):
+            library.ops.heads_backward([*out], x, kept[..., 1:], slope, weights, True, False)
 
 
 def test_what_does_not_fit_is_computed_one_after_the_other(monkeypatch):

@@ -253,17 +253,33 @@ def test_no_transition_leaves_the_state(fusing):
         assert model.prior_transitions(state, state.h, torch.randn(0, 5, 18, 64), 0) is state
 
 
-@pytest.mark.parametrize("settings", VARIANTS[:2], ids=str)
+class Calls(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [*VARIANTS[:2], *VARIANTS[-2:]], ids=str)
 @pytest.mark.parametrize(("ahead", "count"), [(1, 1), (4, 2), (4, 0), (11, 1), (0, 2)])
-def test_some_rows_go_further(fusing, separately, error, settings, ahead, count):
+def test_some_rows_go_further_in_one_call(fusing, separately, error, settings, ahead, count):
     """As if the first had gone alone, fused or not; groups are of three sequences here."""
     model = gram(**settings)
     h, low, e_x = draw(11, model.length, 64)
-    noise = torch.randn(3, 11, model.length, 64)
+    noise = torch.randn(3, 11, model.length, 64) if model.config.stochastic else None
     state = State(h, low)
-    some = (State(h[:ahead], low[:ahead]), e_x[:ahead], noise[:, :ahead], 3)
+    some = (
+        State(h[:ahead], low[:ahead]), e_x[:ahead], None if noise is None else noise[:, :ahead], 3
+    )  # fmt: skip
     with torch.no_grad():
-        first, rest = model.staggered_transitions(state, e_x, noise, ahead, 3, count)
+        with Calls() as calls:
+            first, rest = model.staggered_transitions(state, e_x, noise, ahead, 3, count)
+        assert sum("::transitions" in name for name in calls.names) == 1
         whole = model.prior_transitions(state, e_x, noise, count)
         alone = model.prior_transitions(*some)
         assert torch.equal(first.h, alone.h) and torch.equal(first.l, alone.l)
@@ -277,14 +293,23 @@ def test_some_rows_go_further(fusing, separately, error, settings, ahead, count)
         assert ahead == 11 or error(rest.h, whole.h[ahead:].double()) < 1e-4
 
 
+@pytest.mark.parametrize(("ahead", "further", "count"), [(6, 3, 1), (-1, 3, 1), (2, 1, 2)])
+def test_rows_that_are_not_and_that_go_back_are_refused(fusing, ahead, further, count):
+    model = gram()
+    state = State(*torch.randn(2, 5, model.length, 64))
+    noise = torch.randn(3, 5, model.length, 64)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{ahead} of 5 rows cannot go"):
+        model.staggered_transitions(state, state.h, noise, ahead, further, count)
+
+
 @pytest.mark.parametrize("settings", VARIANTS[:2], ids=str)
 def test_noise_may_lie_in_any_order(fusing, settings):
     model = gram(**settings)
     h, low, e_x = draw(7, model.length, 64)
-    noise = torch.randn(7, 3, model.length, 64).transpose(0, 1)  # as it is drawn
+    noise = torch.randn(9, 3, model.length, 64).transpose(0, 1)  # as it is drawn
     turned = torch.randn(2, 7, 64, model.length).transpose(2, 3)
     with torch.no_grad():
-        for lies in (noise, noise[:, :, :], noise[1:], turned):
+        for lies in (noise[:, :7], noise[:, 2:], noise[1:, 1:8], turned):
             mine = model.prior_transitions(State(h, low), e_x, lies, 2)
             theirs = model.prior_transitions(State(h, low), e_x, lies.contiguous(), 2)
             assert torch.equal(mine.h, theirs.h) and torch.equal(mine.l, theirs.l)
@@ -345,18 +370,16 @@ def test_the_operations_are_well_behaved_in_graphs(fusing):
             stacks.eps,
         ]  # fmt: skip
         h.requires_grad_()
-        torch.library.opcheck(
-            torch.ops.gram.recursion.default, (h, low, laid_out, *arguments, False)
-        )
+        torch.library.opcheck(library.ops.recursion.default, (h, low, laid_out, *arguments, False))
         with torch.no_grad():
-            u, _, kept, scales = torch.ops.gram.recursion(h, low, e_x, *arguments, False)
+            u, _, kept, scales = library.ops.recursion(h, low, e_x, *arguments, False)
             torch.library.opcheck(
-                torch.ops.gram.recursion_backward.default,
+                library.ops.recursion_backward.default,
                 (u, laid_out, kept, scales, [w.detach() for w in stacks.weights],
                  *stacks.arguments()[1:], False),
             )  # fmt: skip
             torch.library.opcheck(
-                torch.ops.gram.transitions.default,
+                library.ops.transitions.default,
                 (h.detach(), low, laid_out, None, [2, 1, 1], [w.detach() for w in stacks.weights],
                  *stacks.arguments()[1:], stacks.eps, [], [], 0.0, 0.0, False, False),
             )  # fmt: skip
@@ -366,7 +389,7 @@ def test_the_operations_are_well_behaved_in_graphs(fusing):
 def test_compiled_it_is_one_graph_with_the_same_bits(fusing, half):
     model = gram()
     h, low, e_x = draw(3, model.length, 64)
-    noise = torch.randn(3, 3, model.length, 64)
+    noise = torch.randn(3, 3, model.length, 64).transpose(0, 1)  # as it is drawn
 
     def both(h: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
@@ -388,7 +411,7 @@ def test_without_an_f_l_the_operation_passes_l_by(fusing):
     stacks = make("mixer", 9, 32, 2, 32, 1, flat=True).stacks()
     h, low, e_x = draw(2, 9, 32)
     low.requires_grad_()
-    _, after, *_ = torch.ops.gram.recursion(h, low, e_x, *stacks.arguments(), stacks.eps, False)
+    _, after, *_ = library.ops.recursion(h, low, e_x, *stacks.arguments(), stacks.eps, False)
     after.sum().backward()
     assert torch.equal(after, low)
     assert torch.equal(low.grad, torch.ones_like(low))
@@ -399,11 +422,11 @@ def test_what_was_kept_of_another_size_is_refused(fusing):
     h, low, e_x = draw(2, 9, 32)
     weights, *sizes = stacks.arguments()
     with torch.no_grad():
-        u, after, kept, scales = torch.ops.gram.recursion(
+        u, after, kept, scales = library.ops.recursion(
             h, low, e_x, weights, *sizes, stacks.eps, False
         )
         with pytest.raises(ValueError, match="no format, width or size"):
-            torch.ops.gram.recursion_backward(u, after, kept[:-32], scales, weights, *sizes, False)
+            library.ops.recursion_backward(u, after, kept[:-32], scales, weights, *sizes, False)
 
 
 class Zeros(TorchDispatchMode):
