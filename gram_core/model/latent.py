@@ -16,9 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core.fused import heads
-from gram_core.fused.library import cut_up, wanted
-from gram_core.model.layers import SwiGLU
+from gram_core.fused.transition import Prior
+from gram_core.model.layers import SwiGLU, side_by_side
 
 Guidance = Literal["full", "stochastic_only", "guide_only", "none"]
 
@@ -99,25 +98,18 @@ class GaussianHead(nn.Module):
             if part is not None:
                 nn.init.zeros_(part.down.weight)
 
-    def fused(self) -> heads.Heads:
-        """What fused operations read of this."""
+    def fused(self) -> Prior:
+        """What a fused transition reads of this."""
         mean, std = (() if p is None else p.weights() for p in (self.mean, self.raw_std))
-        return heads.Heads(mean, std, self.offset, self.floor, self.sigma == "exp")
+        return Prior(mean, std, self.offset, self.floor, self.sigma == "exp")
 
     def forward(self, x: Float[Tensor, "B L I"]) -> Gaussian:
-        mean, std = self._mean_and_std(x)
-        if mean is None:
-            assert std is not None, "a head without mean and deviation is guidance 'none'"
-            mean = torch.zeros_like(std)
-        return Gaussian(mean, std)
-
-    def _mean_and_std(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if wanted(x) and not cut_up(self):
-            fused = self.fused()
-            if heads.fits(x, fused):
-                return heads.gaussian(x, fused)
-        mean = None if self.mean is None else self.mean(x)
+        parts = [part for part in (self.mean, self.raw_std) if part is not None]
+        out = iter(side_by_side(parts, x))
+        mean = None if self.mean is None else next(out)
         if self.raw_std is None:
-            return mean, None
-        raw = self.raw_std(x).float() + self.offset
-        return mean, self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
+            assert mean is not None, "a head without mean and deviation is guidance 'none'"
+            return Gaussian(mean, None)
+        raw = next(out).float() + self.offset
+        std = self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
+        return Gaussian(torch.zeros_like(std) if mean is None else mean, std)
