@@ -14,20 +14,26 @@ struct HeadsCall {
     const float* x;
     const float* const* weights;  // gate and up, down, of each head
     float* const* out;
-    void* kept;  // each head's gate and up
+    void* kept;    // each head's gate and up
+    float* slope;  // of the deviation, which is the last head's; null: none
     const float* const* out_grad;
     float* x_back;
     float* const* weights_back;
     long positions, dim, ffn, heads;
     long kept_numbers;  // room for so many
-    int half, threads;
+    float offset, floor;
+    int exponential, half, threads;
     // Positions as sequences of one, and no stack.
     Shape shape() const { return {positions, 1, dim, 1, ffn, 0, 0}; }
     int team() const { return std::max(1L, std::min<long>(threads, shape().groups())); }
-    bool has_room() const { return kept_numbers == heads * positions * 2 * ffn; }
     template <class T>
     typename T::Number* gate_up(long head) const {
         return static_cast<typename T::Number*>(kept) + head * positions * 2 * ffn;
+    }
+    // Null but for the deviation.
+    float* slope_of(long head) const { return head + 1 == heads ? slope : nullptr; }
+    bool has_room() const {
+        return kept_numbers == heads * positions * 2 * ffn;
     }
     // Allocates `packing`.
     template <class T>
@@ -52,6 +58,7 @@ int run_heads(const HeadsCall& c) {
     const Shape s = c.shape();
     Packing<T> packing;
     const std::vector<Swiglu> heads = c.template laid_out<T>(packing, false);
+    const Deviation deviation{c.offset, c.floor, c.exponential != 0};
     std::atomic<int> failed{0};
 #pragma omp parallel num_threads(c.team())
     {
@@ -76,7 +83,9 @@ int run_heads(const HeadsCall& c) {
                 const bool last = k + 1 == c.heads;  // then the next group's x
                 const Memory next = last ? Memory{{c.x + at + size}, size}
                                          : mine->room(gate_up(k + 1), mine->rows * 2 * c.ffn);
-                head_forward<T>(*mine, x, heads[k], c.out[k] + at, gate_up(k), next);
+                float* slope = c.slope_of(k);
+                head_forward<T>(*mine, x, heads[k], deviation,
+                                {c.out[k] + at, slope ? slope + at : nullptr}, gate_up(k), next);
             }
         }
     }
@@ -121,13 +130,17 @@ int run_heads_backward(const HeadsCall& c) {
                 std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
                 const auto* x = mine->in_format(c.x + at, given);
                 for (long k = 0; k < c.heads; k++) {
+                    const float *grad = c.out_grad[k] + at, *slope = c.slope_of(k);
                     for (long i = 0; i < size; i += W)
-                        T::put(mine->rounded + i, load(c.out_grad[k] + at + i));
+                        T::put(mine->rounded + i,
+                               slope ? load(grad + i) * load(slope + at + i) : load(grad + i));
                     const bool last = k + 1 == c.heads;  // then the next group's
                     const float* next = last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at;
+                    const float* slopes = last ? nullptr : c.slope_of(k + 1);
+                    const float* beside = slopes ? slopes + at : c.x + at + size;
                     mine->swiglu(heads[k].down, heads[k].gate_up, x,
                                  c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
-                                 g - start, {{next}, size}, {{c.x + at + size}, size});
+                                 g - start, {{next}, size}, {{beside}, size});
                 }
                 memcpy(c.x_back + at, mine->residual.data(), size * 4);
             }

@@ -274,12 +274,6 @@ inline Lanes log_one_plus(Lanes y) {
     return p * z;
 }
 
-// log(1 + e^x)
-inline Lanes softplus(Lanes x) {
-    const Lanes zero{};
-    return (x > zero ? x : zero) + log_one_plus(exponential(x > zero ? -x : x));
-}
-
 // Four columns of rows r, r + 4, ... side by side.
 inline Lanes every_fourth(const float* p, long width) {
 #ifdef __AVX512F__

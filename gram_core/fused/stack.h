@@ -145,10 +145,12 @@ struct Swiglus : Group<T> {
     }
 
     // The hidden numbers of a SwiGLU of x, into `hidden`; gate and up are kept, if anywhere. `next`
-    // is written then.
-    void gate(const Number* x, const float* gate_up, Number* kept, Memory next = {}) {
+    // and `last` are written then.
+    void gate(const Number* x, const float* gate_up, Number* kept, Memory next = {},
+              Memory last = {}) {
         float* both = wide_or(kept);
-        product<T>(lanes(x), D / N, 1, rows, in_panels(gate_up, D / N, 2 * F).then(next),
+        product<T>(lanes(x), D / N, 1, rows,
+                   in_panels(gate_up, D / N, 2 * F).then(next, last),
                    [&](long i, long f, Lanes sum) { store(both + i * 2 * F + f, sum); });
         for (long i = 0; i < rows; i++)
             for (long f = 0; f < F; f += W) {

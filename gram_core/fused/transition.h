@@ -1,6 +1,7 @@
 // Whole transitions of a group of sequences: K times f_L, once f_H, and the prior's guidance.
 #pragma once
 
+#include "deviation.h"
 #include "stack.h"
 
 namespace {
@@ -8,8 +9,7 @@ namespace {
 // The prior's heads, laid out; null: without mean, or without deviation.
 struct Prior {
     const float *mean_gate_up, *mean_down, *std_gate_up, *std_down;
-    float offset, floor;
-    bool exponential;
+    Deviation deviation;
 };
 
 // f_L and f_H, laid out; low null: f_H alone, K + 1 times.
@@ -54,9 +54,7 @@ struct Transitions {
             w.gate(w.rounded, prior.std_gate_up, nullptr);
             head(prior.std_down, [&](long i, long d, Lanes x) {
                 const float* row = noise + i / w.L * apart + i % w.L * D;
-                x += prior.offset;
-                x = prior.floor + (prior.exponential ? exponential(x) : softplus(x));
-                return x * load(row + d);
+                return prior.deviation.of(x).std * load(row + d);
             });
         }
         if (prior.mean_gate_up) {

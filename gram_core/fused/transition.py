@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gram_core.fused.attention import CHANNELS
+from gram_core.fused.heads import Heads
 from gram_core.fused.library import (
     NAMESPACE,
     VECTOR,
@@ -49,19 +50,7 @@ class Stacks:
         return list(self.weights), self.rope, [self.blocks, self.heads, self.cycles]
 
 
-@dataclass(frozen=True)
-class Prior:
-    """The prior's heads: gate and up, and down, of its mean and of its deviation, which is
-    floor + softplus(. + offset), or the exponential of it; nothing for a head that is not."""
-
-    mean: Sequence[Tensor] = ()
-    std: Sequence[Tensor] = ()
-    offset: float = 0.0
-    floor: float = 0.0
-    exponential: bool = False
-
-
-def fits(h: Tensor, stacks: Stacks, prior: Prior | None = None) -> bool:
+def fits(h: Tensor, stacks: Stacks, prior: Heads | None = None) -> bool:
     """Whether what is `wanted` takes these weights, with gradients if these are enabled: in
     float32, in widths of its, and of shapes that go together."""
     weights, rope = stacks.weights, stacks.rope
@@ -96,7 +85,7 @@ def transitions(
     noise: Float[Tensor, "T B L D"] | None,
     count: int,
     stacks: Stacks,
-    prior: Prior,
+    prior: Heads,
     ahead: int = 0,
     more: int = 0,
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L D"]]:
@@ -120,7 +109,7 @@ def recursion(
     """(u, l), the deterministic half of a transition, in float32. For what is `wanted` and `fits`.
     Its gradient has none."""
     if not torch.is_grad_enabled():
-        return transitions(h, low, e_x, None, 1, stacks, Prior())
+        return transitions(h, low, e_x, None, 1, stacks, Heads())
     u, low, _, _ = ops.recursion(
         h.float(), low.float(), e_x.float(), *stacks.arguments(), stacks.eps,
         products() == torch.bfloat16,

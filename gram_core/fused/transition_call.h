@@ -126,8 +126,8 @@ int run_transitions(const TransitionCall& c) {
                                   k % 2 ? c.ffn : c.dim);
     packing.allocate();
     auto place = [&](int k) { return c.prior[k] ? packing[head[k]] : nullptr; };
-    const Prior prior{place(0), place(1), place(2), place(3), c.offset, c.floor,
-                      c.exponential != 0};
+    const Prior prior{place(0), place(1), place(2), place(3),
+                      {c.offset, c.floor, c.exponential != 0}};
     const std::vector<Packed> blocks = packed_stacks(packing, places);
     const Stacks stacks{c.hierarchical ? blocks.data() + c.blocks : nullptr, blocks.data(),
                         c.cycles};

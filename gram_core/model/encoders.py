@@ -35,7 +35,7 @@ class TokenEncoder(nn.Embedding):
 
     def forward(self, tokens: Int[Tensor, "... S"]) -> Float[Tensor, "... S D"]:
         one_hot = F.one_hot(tokens.long(), self.num_embeddings).to(self.weight.dtype)
-        out: Tensor = one_hot @ self.weight * math.sqrt(self.embedding_dim)
+        out: Tensor = one_hot @ (self.weight * math.sqrt(self.embedding_dim))
         return out
 
 

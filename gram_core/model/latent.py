@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core.fused.transition import Prior
-from gram_core.model.layers import SwiGLU, side_by_side
+from gram_core.fused import heads
+from gram_core.fused.library import cut_up, wanted
+from gram_core.model.layers import SwiGLU
 
 Guidance = Literal["full", "stochastic_only", "guide_only", "none"]
 
@@ -50,11 +51,14 @@ def kl(q: Gaussian, p: Gaussian) -> Float[Tensor, "B L"]:
     Gaussians at the same means, half the squared distance, which is what the ablation
     `guide_only` trains its prior with.
     """
-    distance = (q.mean.float() - p.mean.float()).square()
+    distance = q.mean.float() - p.mean.float()
     if q.std is None or p.std is None:
-        return 0.5 * distance.sum(-1)
-    q_std, p_std = q.std.float(), p.std.float()
-    terms = 0.5 * (q_std.square() + distance) / p_std.square() - 0.5 + p_std.log() - q_std.log()
+        return 0.5 * distance.square().sum(-1)
+    # By the ratio of the deviations: where both are equal, as in a fresh model, the gradient is
+    # zero to the bit. Of what rounding leaves in its place AdamW would make whole steps.
+    p_std = p.std.float()
+    ratio = q.std.float() / p_std
+    terms = 0.5 * (ratio.square() + (distance / p_std).square()) - 0.5 - ratio.log()
     return terms.sum(-1)
 
 
@@ -98,18 +102,25 @@ class GaussianHead(nn.Module):
             if part is not None:
                 nn.init.zeros_(part.down.weight)
 
-    def fused(self) -> Prior:
-        """What a fused transition reads of this."""
+    def fused(self) -> heads.Heads:
+        """What fused operations read of this."""
         mean, std = (() if p is None else p.weights() for p in (self.mean, self.raw_std))
-        return Prior(mean, std, self.offset, self.floor, self.sigma == "exp")
+        return heads.Heads(mean, std, self.offset, self.floor, self.sigma == "exp")
 
     def forward(self, x: Float[Tensor, "B L I"]) -> Gaussian:
-        parts = [part for part in (self.mean, self.raw_std) if part is not None]
-        out = iter(side_by_side(parts, x))
-        mean = None if self.mean is None else next(out)
+        mean, std = self._mean_and_std(x)
+        if mean is None:
+            assert std is not None, "a head without mean and deviation is guidance 'none'"
+            mean = torch.zeros_like(std)
+        return Gaussian(mean, std)
+
+    def _mean_and_std(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if wanted(x) and not cut_up(self):
+            fused = self.fused()
+            if heads.fits(x, fused):
+                return heads.gaussian(x, fused)
+        mean = None if self.mean is None else self.mean(x)
         if self.raw_std is None:
-            assert mean is not None, "a head without mean and deviation is guidance 'none'"
-            return Gaussian(mean, None)
-        raw = next(out).float() + self.offset
-        std = self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())
-        return Gaussian(torch.zeros_like(std) if mean is None else mean, std)
+            return mean, None
+        raw = self.raw_std(x).float() + self.offset
+        return mean, self.floor + (F.softplus(raw) if self.sigma == "softplus" else raw.exp())

@@ -8,7 +8,6 @@ Shapes: B batch, L positions, D width, Q = 3 D, H heads, C = D / H, E = C / 2, F
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -16,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core.fused import attention, heads
-from gram_core.fused.library import cut_up, wanted
+from gram_core.fused import attention
 
 NORM_EPS = 1e-5
 
@@ -93,17 +91,6 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         out: Tensor = self.down(F.silu(gate) * up)
         return out
-
-
-def side_by_side(
-    parts: Sequence[SwiGLU], x: Float[Tensor, "B L I"]
-) -> list[Float[Tensor, "B L O"]]:
-    """What each of the parts gives of the same input."""
-    if wanted(x) and not any(map(cut_up, parts)):
-        weights = [w for part in parts for w in part.weights()]
-        if heads.fits(x, weights):
-            return heads.heads(x, weights)
-    return [part(x) for part in parts]
 
 
 class Attention(nn.Module):

@@ -124,7 +124,7 @@ from gram_core.fused import heads, library
 assert library.fuse()
 gate_up, down = torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(32, 32, bias=False)
 def mean(x):
-    return heads.heads(x, [gate_up.weight, down.weight])[0].sum()
+    return heads.gaussian(x, heads.Heads(mean=[gate_up.weight, down.weight]))[0].sum()
 torch.compile(mean)(torch.randn(2, 5, 32, requires_grad=True)).backward()
 """
 

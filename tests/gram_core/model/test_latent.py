@@ -42,6 +42,32 @@ def test_kl_of_equal_gaussians_is_zero_and_otherwise_positive():
     assert (kl(q, p) > 0).all()
 
 
+def test_equal_gaussians_have_no_gradient_to_the_bit():
+    """What rounding leaves AdamW would make whole steps of: a fresh model is in this state."""
+    torch.manual_seed(0)
+    std = torch.rand(50, 40).mul(12).sub(8).exp()  # 3e-4 to 50
+    q, p = (
+        Gaussian(torch.ones(50, 40, requires_grad=True), std.clone().requires_grad_())
+        for _ in range(2)
+    )
+    kl(q, p).sum().backward()
+    for parameter in (q.mean, q.std, p.mean, p.std):
+        assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize("sigma", ["softplus", "exp"])
+def test_fresh_heads_have_no_gradient_of_their_divergence(sigma):
+    torch.manual_seed(0)
+    q_head, p_head = (
+        GaussianHead(32, 32, 32, guidance="full", sigma=sigma, sigma_init=0.1, sigma_floor=1e-3)
+        for _ in range(2)
+    )
+    q, p = q_head(torch.randn(3, 5, 32)), p_head(torch.randn(3, 5, 32))
+    balanced_kl(q, p, 0.8).sum().backward()
+    for parameter in (*q_head.parameters(), *p_head.parameters()):
+        assert not parameter.grad.any()
+
+
 def test_kl_of_bfloat16_parameters_is_computed_in_float32():
     q, p = gaussian(1), gaussian(2)
     q = Gaussian(q.mean.bfloat16(), q.std.bfloat16())
