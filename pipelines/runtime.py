@@ -1,9 +1,10 @@
-"""The process around a command: allocator and threads, errors as one line, provenance, Ray.
+"""The process around a command: allocator and threads, errors as one line, its end, Ray.
 
 Imports nothing heavy at the top, because `entry` may start Python again with the settings that
 must be there before torch is: on a virtual machine the allocator decides the speed (docs).
 """
 
+import atexit
 import errno
 import os
 import signal
@@ -75,6 +76,8 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
         # A Ctrl-C while Python starts again waits for the block below, which ends with one line.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+    ended: list[int] = []
+    atexit.register(_end, ended)  # registered first, it is called last
     try:
         if sys.platform == "linux":
             # Interrupted as it is imported, polars ends in a panic of Rust's, a traceback.
@@ -82,9 +85,20 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
             import polars  # noqa: F401
 
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        sys.exit(_told(main))
+        ended.append(_told(main))
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted", code=130))
+        ended.append(fail("interrupted", code=130))
+    sys.exit(ended[0])
+
+
+def _end(ended: Sequence[int]) -> None:
+    """End the process with the code in `ended`, if there is one, before Python is taken down: a
+    thread of a library's that wakes up meanwhile is unwound through C++ that does not allow it, and
+    a finished program ends by an abort (https://github.com/apache/arrow/issues/45017)."""
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 def _told(main: Callable[[Sequence[str]], int | None]) -> int:

@@ -133,6 +133,7 @@ class PlainEngine:
     def __init__(self, module: Supervised, config: OptimConfig, parts: int = 1) -> None:
         self.module = module
         self.model = module.model
+        self.parameters = list(self.model.parameters())
         self.clip = config.clip
         self.parts = parts
         self.optimizer = make_optimizer(module.model, config)
@@ -150,7 +151,7 @@ class PlainEngine:
             return
         set_rate(self.optimizer, lr)
         if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
 
     def total(self, terms: Float[Tensor, "M 2"]) -> Float[Tensor, "M 2"]:
@@ -163,7 +164,7 @@ class PlainEngine:
         return
 
     def held(self) -> list[Tensor]:
-        return [parameter.data for parameter in self.model.parameters()]
+        return [parameter.data for parameter in self.parameters]
 
     def whole(self, held: Sequence[Tensor]) -> list[Tensor]:
         return list(held)
