@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 # glibc gives every large tensor back to the kernel and pays page faults for the next one. These
 # keep freed memory in the process (trim never, mmap never), grow it in large pieces, and ask for
@@ -69,7 +70,8 @@ def environment() -> dict[str, str]:
 
 def entry(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run `main(arguments)` as a program: with `environment()` from the start, and with an error
-    that a user can mend printed as one line, exit code 1."""
+    that a user can mend printed as one line, exit code 1. What `atexit` was told before is not
+    called: stages import what they need within `main`."""
     missing = {k: v for k, v in environment().items() if k not in os.environ}
     if missing and sys.platform == "linux":
         os.environ.update(missing)
@@ -85,20 +87,27 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
             import polars  # noqa: F401
 
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        ended.append(_told(main))
+        code = _told(main)
     except KeyboardInterrupt:
-        ended.append(fail("interrupted", code=130))
-    sys.exit(ended[0])
+        code = fail("interrupted", code=130)
+    ended.append(code)
+    sys.exit(code)
 
 
 def _end(ended: Sequence[int]) -> None:
     """End the process with the code in `ended`, if there is one, before Python is taken down: a
     thread of a library's that wakes up meanwhile is unwound through C++ that does not allow it, and
     a finished program ends by an abort (https://github.com/apache/arrow/issues/45017)."""
-    if ended:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ended[0])
+    if not ended:
+        return
+    code = ended[0]
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except (OSError, ValueError):
+        code = code or 120  # as Python itself ends where its last words cannot be written
+    finally:
+        os._exit(code)
 
 
 def _told(main: Callable[[Sequence[str]], int | None]) -> int:
@@ -106,7 +115,11 @@ def _told(main: Callable[[Sequence[str]], int | None]) -> int:
     from gram_core.errors import GramError
 
     try:
-        return main(sys.argv[1:]) or 0
+        code = main(sys.argv[1:]) or 0
+        if sys.stdout is not None:
+            with suppress(BrokenPipeError):  # who does not read on has read enough
+                sys.stdout.flush()
+        return code
     except GramError as error:
         return fail(str(error))
     except OSError as error:

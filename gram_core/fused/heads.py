@@ -42,6 +42,8 @@ def fits(x: Tensor, heads: Heads) -> bool:
     """Whether `gaussian` takes for what is `wanted` these weights: in float32, in widths of its,
     and of shapes that go together."""
     weights = [*heads.mean, *heads.std]
+    if not weights:
+        return False
     dim, ffn = x.shape[-1], weights[1].shape[-1]
     shapes = [(2 * ffn, dim), (dim, ffn)] * (len(weights) // 2)
     return (
@@ -126,9 +128,11 @@ def _heads_backward(
     kept: Tensor,
     slope: Tensor,
     weights: list[Tensor],
-    deviates: bool,
     half: bool,
 ) -> list[Tensor]:
+    deviates = slope.numel() > 0
+    if deviates and slope.shape != x.shape:
+        raise ValueError(f"a slope of shape {tuple(slope.shape)} for an input of {tuple(x.shape)}")
     grads, x = [grad.contiguous() for grad in grads], x.contiguous()
     kept, slope = kept.contiguous(), slope.contiguous()
     back, out = torch.empty_like(x), room_for_gradients(weights, x)
@@ -141,7 +145,7 @@ def _heads_backward(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
-    x, weights, ctx.deviates, _, _, _, ctx.half = inputs
+    x, weights, *_, ctx.half = inputs
     _, kept, slope = output
     ctx.mark_non_differentiable(kept, slope)
     ctx.set_materialize_grads(False)  # there would be one as large as what is kept
@@ -151,7 +155,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor,
 def _back(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Any, ...]:
     x, kept, slope, *weights = ctx.saved_tensors
     grads = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-    back, *of_weights = ops.heads_backward(grads, x, kept, slope, weights, ctx.deviates, ctx.half)
+    back, *of_weights = ops.heads_backward(grads, x, kept, slope, weights, ctx.half)
     return back, of_weights, None, None, None, None, None
 
 
@@ -165,7 +169,7 @@ operations.define(
 )
 operations.define(
     "heads_backward(Tensor[] grads, Tensor x, Tensor kept, Tensor slope, Tensor[] weights,"
-    " bool deviates, bool half) -> Tensor[]"
+    " bool half) -> Tensor[]"
 )
 operations.impl("heads", _heads, "CPU")
 operations.impl("heads_backward", _heads_backward, "CPU")

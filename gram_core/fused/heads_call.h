@@ -32,9 +32,7 @@ struct HeadsCall {
     }
     // Null but for the deviation.
     float* slope_of(long head) const { return head + 1 == heads ? slope : nullptr; }
-    bool has_room() const {
-        return kept_numbers == heads * positions * 2 * ffn;
-    }
+    bool has_room() const { return kept_numbers == heads * positions * 2 * ffn; }
     // Allocates `packing`.
     template <class T>
     std::vector<Swiglu> laid_out(Packing<T>& packing, bool back) const {

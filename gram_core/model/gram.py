@@ -106,6 +106,7 @@ class GRAM(nn.Module):
                 sigma=config.sigma,
                 sigma_init=config.sigma_init,
                 sigma_floor=config.sigma_floor,
+                fuse=config.posterior == "sum",  # of 2 D inputs there is no fused one
             )
 
         self.embed_input = input_encoder(shape, dim)

@@ -55,7 +55,8 @@ def kl(q: Gaussian, p: Gaussian) -> Float[Tensor, "B L"]:
     if q.std is None or p.std is None:
         return 0.5 * distance.square().sum(-1)
     # By the ratio of the deviations: where both are equal, as in a fresh model, the gradient is
-    # zero to the bit. Of what rounding leaves in its place AdamW would make whole steps.
+    # zero to the bit (where division is exact: in compiled CUDA it need not be). Of what rounding
+    # leaves in its place AdamW would make whole steps.
     p_std = p.std.float()
     ratio = q.std.float() / p_std
     terms = 0.5 * (ratio.square() + (distance / p_std).square()) - 0.5 - ratio.log()
@@ -76,6 +77,8 @@ class GaussianHead(nn.Module):
 
     At initialisation the mean is zero and the deviation `sigma_init` everywhere, so that a fresh
     model is the deterministic one with a little noise. `guidance` decides which of the two exist.
+    With `fuse` both are one fused operation where that can be; a posterior and its prior say the
+    same, or rounding would tell them apart where they are equal.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class GaussianHead(nn.Module):
         sigma: Literal["softplus", "exp"],
         sigma_init: float,
         sigma_floor: float,
+        fuse: bool = True,
     ) -> None:
         super().__init__()
+        self.fuse = fuse
         self.sigma = sigma
         self.floor = sigma_floor
         excess = sigma_init - sigma_floor
@@ -115,7 +120,7 @@ class GaussianHead(nn.Module):
         return Gaussian(mean, std)
 
     def _mean_and_std(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if wanted(x) and not cut_up(self):
+        if self.fuse and wanted(x) and not cut_up(self):
             fused = self.fused()
             if heads.fits(x, fused):
                 return heads.gaussian(x, fused)

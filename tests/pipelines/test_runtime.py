@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from workspace import REPOSITORY as ROOT
 
 PROGRAM = """
 import atexit, sys
@@ -46,6 +48,56 @@ def test_a_program_ends_before_python_is_taken_down(
     assert done.stdout == "said, at exit\n"
 
 
+def test_whose_output_is_not_wanted_any_more_ends_in_silence(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        ["head", "-c", "0"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as reader:
+        reader.wait()
+        done = run(tmp_path, "return", stdout=reader.stdin)
+    assert (done.returncode, done.stderr) == (120, "")
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(tmp_path, "return", stdout=full)
+    assert (done.returncode, done.stderr) == (1, "error: disk: No space left on device\n")
+
+
+def test_output_may_be_closed(tmp_path: Path) -> None:
+    done = run(tmp_path, "sys.stdout = None; return 3")
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_an_interrupt_as_main_returns_is_no_success(tmp_path: Path) -> None:
+    """Between the return and what `entry` makes of it, where a profile function is called."""
+    interrupted = """
+    import signal
+    def profile(frame, event, _):
+        if event == "return" and frame.f_code.co_name == "_told":
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+    sys.setprofile(profile)
+    """
+    done = run(tmp_path, interrupted)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_stages_have_told_atexit_nothing_when_they_begin() -> None:
+    stages = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]
+    program = (
+        "import atexit, importlib, sys\n"
+        "before = atexit._ncallbacks()\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(atexit._ncallbacks() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *stages, "pipelines.cli", "pipelines.quick"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(stages) > 6 and done.stdout == "0\n"
+
+
 @pytest.mark.parametrize(
     ("what", "code", "error"),
     [("sys.exit(2)", 2, ""), ("raise ValueError('a defect')", 1, "ValueError: a defect\n")],
@@ -59,12 +111,15 @@ def test_what_is_not_told_ends_as_python_does(
     assert done.stdout == "said, at exit\ntaken down\n"
 
 
-def run(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
-    """The program whose main does that."""
+def run(
+    folder: Path, what: str, stdout: int | IO[Any] | None = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """The program whose main does that; its output is buffered, whatever is usual here."""
     program = folder / "program.py"
     program.write_text(PROGRAM.format(what=what))
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
         [sys.executable, program],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True, check=False,
+        env={**here, "PYTHONPATH": str(ROOT)},
+        stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip

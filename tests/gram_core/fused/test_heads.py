@@ -115,7 +115,7 @@ def test_they_are_well_behaved_in_graphs(fusing, deviates):
         out, kept, slope = library.ops.heads(*arguments)
         torch.library.opcheck(
             library.ops.heads_backward.default,
-            ([*out], x.detach(), kept, slope, [w.detach() for w in weights], deviates, False),
+            ([*out], x.detach(), kept, slope, [w.detach() for w in weights], False),
         )
 
 
@@ -125,7 +125,9 @@ def test_what_was_kept_of_another_size_is_refused(fusing):
     with torch.no_grad():
         out, kept, slope = library.ops.heads(x, weights, True, 0.5, 1e-3, False, False)
         with pytest.raises(ValueError, match="no format, width or size"):
-            library.ops.heads_backward([*out], x, kept[..., 1:], slope, weights, True, False)
+            library.ops.heads_backward([*out], x, kept[..., 1:], slope, weights, False)
+        with pytest.raises(ValueError, match="a slope of shape"):
+            library.ops.heads_backward([*out], x, kept, slope[1:], weights, False)
 
 
 def test_what_does_not_fit_is_computed_one_after_the_other(monkeypatch):
@@ -135,6 +137,7 @@ def test_what_does_not_fit_is_computed_one_after_the_other(monkeypatch):
     assert fused.fits(x, head.fused())
     other = GaussianHead(32, 16, 64, guidance="full", sigma="exp", sigma_init=0.5, sigma_floor=1e-3)
     assert not fused.fits(x, other.fused())  # of another width than its input
+    assert not fused.fits(x, fused.Heads())
     assert not fused.fits(x, copy.deepcopy(head).double().fused())
     assert not fused.fits(x[..., :16], head_of(16, 64).fused())
     assert not fused.fits(x, head_of(32, 16).fused())

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.latent import Gaussian, GaussianHead, balanced_kl, kl
+from gram_core.shape import TokenShape
 
 
 def gaussian(seed: int, shape=(2, 3, 4)) -> Gaussian:
@@ -55,17 +57,20 @@ def test_equal_gaussians_have_no_gradient_to_the_bit():
         assert not parameter.grad.any()
 
 
+@pytest.mark.parametrize("posterior", ["sum", "concat"])
 @pytest.mark.parametrize("sigma", ["softplus", "exp"])
-def test_fresh_heads_have_no_gradient_of_their_divergence(sigma):
+@pytest.mark.parametrize("sigma_init", [0.05, 0.1, 0.3])
+def test_a_fresh_model_has_no_gradient_of_its_divergence(posterior, sigma, sigma_init):
     torch.manual_seed(0)
-    q_head, p_head = (
-        GaussianHead(32, 32, 32, guidance="full", sigma=sigma, sigma_init=0.1, sigma_floor=1e-3)
-        for _ in range(2)
+    config = ModelConfig(
+        dim=32, heads=2, ffn=32, layers=1, posterior=posterior, sigma=sigma, sigma_init=sigma_init
     )
-    q, p = q_head(torch.randn(3, 5, 32)), p_head(torch.randn(3, 5, 32))
+    model = GRAM(config, TokenShape(4, vocab=3))
+    u, e_y = torch.randn(2, 3, model.length, 32).unbind()
+    q, p = model.posterior(u, e_y), model.prior(u)
     balanced_kl(q, p, 0.8).sum().backward()
-    for parameter in (*q_head.parameters(), *p_head.parameters()):
-        assert not parameter.grad.any()
+    for head in (model.posterior_head, model.prior_head):
+        assert all(not parameter.grad.any() for parameter in head.parameters())
 
 
 def test_kl_of_bfloat16_parameters_is_computed_in_float32():
