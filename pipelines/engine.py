@@ -43,6 +43,10 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, module.precision),
             dist_init_required=False,
         )
+        if self.world == 1 and self.stage == 0:
+            # Alone there is nobody to take the mean of gradients with, and to gather them and put
+            # them back all the same is a twentieth of a small model's iteration.
+            self.engine.enable_backward_allreduce = False
 
     def forward(self, batch: Batch, noise: Tensor) -> Supervision:
         result: Supervision = self.engine(batch, noise)
