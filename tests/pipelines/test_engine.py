@@ -58,7 +58,10 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {**TWO, **MUON},
 }
 
-CLOSE = [name for name in CASES if name not in ("stage 3 in bf16", "muon")]
+# One worker, which has nobody to take the mean of gradients with.
+ALONE: dict[str, dict[str, Any]] = {"alone": DEEP, "alone, two parts": {**DEEP, "accumulate": 2}}
+
+CLOSE = [*(name for name in CASES if name not in ("stage 3 in bf16", "muon")), *ALONE]
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +83,14 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     one = spread(
         1,
         [{"engine": "plain"}, {"engine": "plain", "precision": "bf16"},
-         {"engine": "plain", "folder": copies["one"]}, {"engine": "plain", **MUON}],
+         {"engine": "plain", "folder": copies["one"]}, {"engine": "plain", **MUON},
+         *ALONE.values()],
         folder,
     )  # fmt: skip
     found = dict(zip(CASES, two, strict=False))
     found["on three"], found["on two"] = two[-2:]
-    found["plain"], found["plain in bf16"], found["on one"], found["plain muon"] = one
+    found["plain"], found["plain in bf16"], found["on one"], found["plain muon"], *alone = one
+    found.update(zip(ALONE, alone, strict=True))
     return found
 
 

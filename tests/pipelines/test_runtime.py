@@ -68,20 +68,6 @@ def test_output_may_be_closed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (3, "")
 
 
-def test_an_interrupt_as_main_returns_is_no_success(tmp_path: Path) -> None:
-    """Between the return and what `entry` makes of it, where a profile function is called."""
-    interrupted = """
-    import signal
-    def profile(frame, event, _):
-        if event == "return" and frame.f_code.co_name == "_told":
-            sys.setprofile(None)
-            signal.raise_signal(signal.SIGINT)
-    sys.setprofile(profile)
-    """
-    done = run(tmp_path, interrupted)
-    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
-
-
 def test_stages_have_told_atexit_nothing_when_they_begin() -> None:
     stages = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]
     program = (
