@@ -36,7 +36,7 @@ from gram_core.train.objective import ObjectiveConfig
 from pipelines.blocks import Block
 from pipelines.compute import compute_with
 from pipelines.runtime import device_name, entry, say
-from pipelines.sample import Sampler
+from pipelines.sampler import Sampler
 
 SEEDS = (0, 1, 2)
 RESULTS = {"cpu": Path("docs/results"), "cuda": Path("docs/results/gpu")}

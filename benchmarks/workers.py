@@ -30,7 +30,8 @@ from pipelines.cluster import cluster
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, load_run
 from pipelines.runtime import entry
-from pipelines.sample import Job, Sampler, sample_on_ray
+from pipelines.sample import Job, sample_on_ray
+from pipelines.sampler import Sampler
 
 REPEATS = 3
 WIDTH = 20

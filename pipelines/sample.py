@@ -1,10 +1,8 @@
 """The sample stage: trajectories of every test puzzle, spread over Ray Data's workers.
 
-A worker is a class that loads the model once and turns blocks of puzzles into rows. A trajectory
-is a function of weights, seed, puzzle and number, so how puzzles are cut into blocks and which
-worker takes them does not show in the table (but where the first accepted answer ends a puzzle of
-several blocks). Blocks are kept as they finish; the table is put
-together from them.
+A trajectory is a function of weights, seed, puzzle and number, so how puzzles are cut into blocks
+and which worker takes them does not show in the table (but where the first accepted answer ends a
+puzzle of several blocks). Blocks are kept as they finish; the table is put together from them.
 """
 
 import hashlib
@@ -12,161 +10,40 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 import pyarrow as pa
-import torch
 from tqdm import tqdm
 
 from gram_core import tables
-from gram_core.compile import compiled
 from gram_core.config import ConfigError, dump
 from gram_core.errors import GramError
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import ModelError, load_model
-from gram_core.noise import GENERATOR, batch_noise
-from gram_core.sample.trajectory import SampleConfig, SupervisionStep, rollout
+from gram_core.noise import GENERATOR
+from gram_core.sample.trajectory import SampleConfig
 from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
 from pipelines import storage
 from pipelines.blocks import Block, BlockStore, cut, packed
-from pipelines.compute import compute_with
 from pipelines.cost import Cost, calibrate
 from pipelines.dataset import held_out
 from pipelines.params import MODELS, RESULTS, WORK, Run, load_storage
 from pipelines.provenance import provenance
 from pipelines.runtime import device_name, say, threads
+from pipelines.sampler import Progress, Sampler
 
-Progress = Callable[[int, int], None]  # of a block's number: so many trajectories are finished
 # Settings of sampling that say how it is spread, not what comes of it.
 SPREAD = ("concurrency", "max_concurrency", "cores", "num_gpus", "compile")
 # Compiling takes half a minute once, and saves a third of a run.
 WORTH = 120.0  # seconds
-TELL = 2.0  # seconds between two signs of life of a worker in a block
 LONG = 10.0  # seconds of a block that the bar should not stand still for
 RETRIES = 16  # of a block whose workers die
 PATIENCE = (0.1, 0.5)  # seconds that Ray Data's loop waits for blocks: its own, and at most
-
-
-class Sampler:
-    """A model ready to sample. Called by Ray Data with a batch of columns, it gives one row a
-    finished block: its name, when it began, the seconds it took, and its content unless it put that
-    into `store` itself."""
-
-    def __init__(
-        self,
-        model: GRAM,
-        task: Task,
-        config: SampleConfig,
-        cores: int,
-        board: Any = None,
-        store: BlockStore | None = None,
-        *,
-        compile: bool = False,
-    ) -> None:
-        compute_with(cores)
-        self.model = model.to(device_name(config.num_gpus))
-        step = SupervisionStep(self.model, config)
-        self.step = compiled(step, say, dynamic=True) if compile else step
-        self.task = task
-        self.config = config
-        self.board = board
-        self.store = store
-        self.told = 0.0
-        if model.config.stochastic and self.model.z0_h.device.type == "cpu":
-            # Loading the processor's compiled generator takes half a second, which is no block's.
-            batch_noise([bytes(16)], [0], (1, 1, 1))
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Finish the blocks in `batch`: `puzzle_id`, `inputs`, `puzzle` (its learned identifier)
-        and `targets` (the known answers of each puzzle as one string of bytes), and for each row
-        its `block` and which trajectories that is: `first`, `count`."""
-        post = self.board.post if self.board is not None else lambda message: None
-        finished: dict[str, list[Any]] = {"name": [], "began": [], "seconds": [], "content": []}
-        for number in np.unique(batch["block"]):
-            began, start = time.time(), time.perf_counter()
-            mine = {key: column[batch["block"] == number] for key, column in batch.items()}
-            ids = [str(i) for i in mine["puzzle_id"]]
-            inputs = torch.from_numpy(np.stack(list(mine["inputs"])).astype(np.uint8))
-            size = inputs.shape[1]
-            known = [
-                {whole[i : i + size] for i in range(0, len(whole), size)}
-                for whole in mine["targets"]
-            ]
-            puzzle = torch.from_numpy(np.asarray(mine["puzzle"], dtype=np.int32).copy())
-            first, count = int(mine["first"][0]), int(mine["count"][0])
-            block = Block(int(number), 0, len(ids), first, count)
-            rows = self.rows(
-                Puzzles(ids, inputs, puzzle), known, block, lambda n, done: post((n, done))
-            )
-            name, content = packed(block.number, rows)
-            if self.store is not None:
-                self.store.put(name, content)
-            finished["name"].append(name)
-            finished["began"].append(began)
-            finished["seconds"].append(time.perf_counter() - start)
-            finished["content"].append(b"" if self.store is not None else content)
-        return finished
-
-    def rows(
-        self, puzzles: Puzzles, known: Sequence[set[bytes]], block: Block, progress: Progress
-    ) -> pa.Table:
-        """The rows of a block over these puzzles, in order of puzzle, trajectory and depth."""
-        width, done = block.count, 0
-        config = msgspec.structs.replace(self.config, width=width)
-
-        def ended(trajectories: int) -> None:
-            nonlocal done
-            done += trajectories
-            # Telling costs a message through Ray: not at each step, but the last in any case.
-            if time.monotonic() - self.told > TELL or done == block.trajectories:
-                self.told = time.monotonic()
-                progress(block.number, done)
-
-        result = rollout(
-            self.model,
-            puzzles,
-            config,
-            first_trajectory=block.first,
-            progress=ended,
-            step=self.step,
-            verify=self.task.verify if self.task.verifies else None,
-        )
-        inputs = puzzles.inputs.repeat_interleave(width, dim=0)
-        order = np.arange(len(inputs)).repeat(len(result.depths))
-        depth = np.tile(np.arange(len(result.depths)), len(inputs))
-        predictions = self.task.canonical(result.prediction[depth, order])
-        exact = np.array(
-            [
-                prediction.tobytes() in known[job // width]
-                for job, prediction in zip(order.tolist(), predictions, strict=True)
-            ]
-        )
-        valid = exact
-        if self.task.verifies:
-            valid = self.task.verify(inputs[order], torch.from_numpy(predictions)).numpy()
-        # One that was not drawn has no answer, whatever a rule says of nothing.
-        drawn = result.steps[depth, order] > 0
-        exact, valid = exact & drawn, valid & drawn
-        return pa.table(
-            {
-                "puzzle_id": pa.array(np.array(puzzles.ids)[order // width]),
-                "trajectory": block.first + order % width,
-                "depth": np.array(result.depths)[depth],
-                "seed": np.full(len(order), self.config.seed),
-                "steps": result.steps[depth, order],
-                "halted": result.halted[depth, order],
-                "value": result.value[depth, order],
-                "prediction": tables.tokens_array(predictions),
-                "valid": valid,
-                "exact": exact,
-            }
-        ).cast(tables.trajectories_schema(inputs.shape[1]))
 
 
 def sample_run(run: Run) -> int:
@@ -314,11 +191,11 @@ def _worth_compiling(job: Job, todo: list[Block], cost: Cost, workers: int) -> b
     return left * cost.seconds / workers > WORTH
 
 
-def patience(longest: float) -> float:
-    """How long to wait for finished blocks that take a worker `longest` seconds at most. It holds
-    the next one meanwhile, the last ones of which are a quarter of that: a fifth keeps it busy."""
+def patience(held: float) -> float:
+    """How long to wait for finished blocks, while each worker holds one of `held` seconds for when
+    it has finished the one at work."""
     least, most = PATIENCE
-    return min(max(least, longest / 5), most)
+    return min(max(least, 0.8 * held), most)
 
 
 @dataclass(frozen=True)
@@ -361,14 +238,21 @@ def sample_on_ray(
         context.raise_original_map_exception = True
         # Blocks are wanted as they finish; their order is in their names.
         context.execution_options.preserve_order = False
-        # Its loop looks for finished blocks ten times a second, which keeps five per cent of a core
-        # busy; for blocks that take seconds that is too often.
-        longest = cost.seconds * max(block.trajectories for block in todo)
-        executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(longest)
+        left = {block.number: block.trajectories for block in todo}
+
+        def longest() -> float:
+            return cost.seconds * max(left.values(), default=0)
+
+        def pace(held: float) -> None:
+            # Ray Data's loop looks for finished blocks ten times a second, which keeps five per
+            # cent of a core busy; for blocks that take seconds that is too often.
+            executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(held)
+
         # Each process of Ray's costs the workers a per cent of a core, and each message some more.
-        board = Board() if longest > LONG else None
-        # Ready-made blocks need no task beside the actors, which may take every core there is.
-        blocks = ray.data.from_arrow([job.columns(block) for block in todo])
+        board = Board() if longest() > LONG else None
+        # Ready-made blocks, of which Ray Data asks nothing by tasks: these would need processes of
+        # their own, which stay, and cores beside the actors', which may take every one there is.
+        blocks = ray.data.from_blocks([job.columns(block) for block in todo])
         with warnings.catch_warnings():
             # Ray means to name this bound otherwise, and has no other name for it yet.
             warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -387,8 +271,10 @@ def sample_on_ray(
                 max_task_retries=RETRIES,
             )  # fmt: skip
         start, busy = time.perf_counter(), 0.0
-        sizes = {block.number: block.trajectories for block in todo}
         began, ended = math.inf, 0.0
+        # The loop wakes up when all workers are there. A look before that lets the first one begin,
+        # which holds the others up: they start on the same cores.
+        pace(longest())
         hear = board.listening(lambda message: progress(*message)) if board else nullcontext()
         try:
             with hear:
@@ -403,8 +289,11 @@ def sample_on_ray(
                     if not apart:
                         store.put(row["name"], row["content"])
                     number = store.add(row["name"])
+                    trajectories = left.pop(number)
                     if board is None:
-                        progress(number, sizes[number])
+                        progress(number, trajectories)
+                    # The next block may be shorter, at the end of a run a quarter of the longest.
+                    pace(longest() / 4)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, GramError):
