@@ -191,11 +191,11 @@ def _worth_compiling(job: Job, todo: list[Block], cost: Cost, workers: int) -> b
     return left * cost.seconds / workers > WORTH
 
 
-def patience(held: float) -> float:
-    """How long to wait for finished blocks, while each worker holds one of `held` seconds for when
-    it has finished the one at work."""
+def patience(longest: float) -> float:
+    """How long to wait for finished blocks, of which those left take a worker `longest` seconds at
+    most. It holds the next one meanwhile, which may be a quarter of that: a fifth keeps it busy."""
     least, most = PATIENCE
-    return min(max(least, 0.8 * held), most)
+    return min(max(least, longest / 5), most)
 
 
 @dataclass(frozen=True)
@@ -238,15 +238,16 @@ def sample_on_ray(
         context.raise_original_map_exception = True
         # Blocks are wanted as they finish; their order is in their names.
         context.execution_options.preserve_order = False
-        left = {block.number: block.trajectories for block in todo}
+        sizes = {block.number: block.trajectories for block in todo}
+        left = set(sizes)
 
         def longest() -> float:
-            return cost.seconds * max(left.values(), default=0)
+            return cost.seconds * max((sizes[number] for number in left), default=0)
 
-        def pace(held: float) -> None:
+        def pace() -> None:
             # Ray Data's loop looks for finished blocks ten times a second, which keeps five per
             # cent of a core busy; for blocks that take seconds that is too often.
-            executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(held)
+            executor.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = patience(longest())
 
         # Each process of Ray's costs the workers a per cent of a core, and each message some more.
         board = Board() if longest() > LONG else None
@@ -272,9 +273,7 @@ def sample_on_ray(
             )  # fmt: skip
         start, busy = time.perf_counter(), 0.0
         began, ended = math.inf, 0.0
-        # The loop wakes up when all workers are there. A look before that lets the first one begin,
-        # which holds the others up: they start on the same cores.
-        pace(longest())
+        pace()
         hear = board.listening(lambda message: progress(*message)) if board else nullcontext()
         try:
             with hear:
@@ -289,11 +288,10 @@ def sample_on_ray(
                     if not apart:
                         store.put(row["name"], row["content"])
                     number = store.add(row["name"])
-                    trajectories = left.pop(number)
+                    left.discard(number)
                     if board is None:
-                        progress(number, trajectories)
-                    # The next block may be shorter, at the end of a run a quarter of the longest.
-                    pace(longest() / 4)
+                        progress(number, sizes[number])
+                    pace()
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, GramError):
