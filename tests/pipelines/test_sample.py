@@ -145,6 +145,20 @@ def test_workers_of_short_blocks_are_not_kept_waiting() -> None:
     assert [patience(seconds) for seconds in (0.01, 1.5, 60)] == pytest.approx([0.1, 0.3, 0.5])
 
 
+@pytest.mark.ray
+def test_the_pace_follows_what_is_left(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest: list[float] = []
+
+    def noted(seconds: float) -> float:
+        longest.append(seconds)
+        return patience(seconds)
+
+    monkeypatch.setattr("pipelines.sample.patience", noted)
+    sampled(concurrency=1)
+    assert longest == sorted(longest, reverse=True)
+    assert longest[0] > 0 == longest[-1]
+
+
 def test_deterministic_twin_gives_one_answer(data: Path) -> None:
     write_params(params(runs__tiny__model__guidance="none"))
     found = make_run()
