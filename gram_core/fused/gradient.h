@@ -10,8 +10,13 @@
 
 namespace {
 
-constexpr long SPAN = 8;    // groups whose factors are summed at once
-constexpr long CHUNK = 48;  // rows of a weight's gradient that are summed one after the other
+// Groups whose factors are summed at once, and rows of a weight's gradient that are summed one after
+// the other: processors without AVX-512 have smaller caches, by and large.
+#ifdef __AVX512F__
+constexpr long SPAN = 8, CHUNK = 48;
+#else
+constexpr long SPAN = 2, CHUNK = 24;
+#endif
 
 // A factor of weights' gradients, [depth, columns] lanes in panels of columns. Where positions are
 // summed over, two neighbouring rows lie in one lane (bfloat16).
