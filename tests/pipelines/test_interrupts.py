@@ -23,6 +23,7 @@ METRICS = "results/tiny/metrics.json"
 SETTINGS = {
     "tasks__queens__size": 6,
     "runs__tiny__train__steps": 300,
+    "runs__tiny__train__checkpoint_every": 60,
     "runs__tiny__sample__width": 20,
     "runs__tiny__evaluate__widths": [1, 20],
 }

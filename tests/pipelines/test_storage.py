@@ -217,7 +217,9 @@ def test_a_server_that_comes_back_is_waited_for(
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("wrong", ["secret", "bucket", "server"])
+@pytest.mark.parametrize(
+    "wrong", ["secret", "bucket", pytest.param("server", marks=pytest.mark.slow)]
+)
 def test_what_cannot_be_reached_is_one_line_without_the_secret(
     server: S3Server, data: Path, wrong: str
 ) -> None:
@@ -247,6 +249,20 @@ def test_what_cannot_be_reached_is_one_line_without_the_secret(
         assert secret not in done.stdout + done.stderr
     after = {k: v for k, v in contents(data).items() if "live" not in k}
     assert after == before
+
+
+def test_who_never_answers_is_one_line_after_the_last_attempt(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    silent = S3Server(tmp_path / "silent" / "buckets")  # not started
+    at(silent.environment(), monkeypatch)
+    write_params({**PARAMS, "storage": {"checkpoints": f"s3://{BUCKET}/x"}})
+    with pytest.raises(GramError, match=f"s3://{BUCKET}/x") as caught:
+        train_run(load_run("tiny"))
+    assert "\n" not in str(caught.value)
+    assert silent.secret not in str(caught.value)
+    assert not Path("models/tiny/model.safetensors").exists()
 
 
 @pytest.mark.s3

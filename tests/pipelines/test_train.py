@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def kill_after_first_checkpoint(name: str) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     folder = Path(".gram/checkpoints", name)
-    for _ in range(1200):
+    for _ in range(6000):  # five minutes: Ray begins slowly beside other tests
         if list(folder.glob("step-*")) or process.poll() is not None:
             break
         time.sleep(0.05)
@@ -66,19 +67,68 @@ def test_run_leaves_the_contracts_files(whole: Path) -> None:
     assert not (whole / ".gram/checkpoints/tiny").exists()
 
 
-@pytest.mark.parametrize("engine", ["plain", pytest.param("deepspeed", marks=pytest.mark.ray)])
-def test_killed_run_ends_as_an_unbroken_one(folder: Path, engine: str) -> None:
-    write_params(params(runs__tiny__train__engine=engine, runs__tiny__train__steps=400))
+# After the first of its few checkpoints, most of the run is to come.
+LONG = {
+    "runs__tiny__train__steps": 300,
+    "runs__tiny__train__log_every": 50,
+    "runs__tiny__train__checkpoint_every": 100,
+}
+
+
+def engines(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Once with a run of each engine; the one on Ray has these marks, too."""
+    both = ["plain", pytest.param("deepspeed", marks=[pytest.mark.ray, *marks])]
+    return pytest.mark.parametrize("killed", both, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose run was killed between two checkpoints; tests do not write to it."""
+    path = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        write_params(params(runs__tiny__train__engine=request.param, **LONG))
+        make_data()
+        kill_after_first_checkpoint("tiny")
+    assert list((path / ".gram/checkpoints/tiny").glob("step-*"))
+    assert not list((path / "models/tiny").glob("*.json"))
+    return path
+
+
+@pytest.fixture
+def broken(killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `killed` to work in."""
+    path = tmp_path / "broken"
+    shutil.copytree(killed, path)
+    monkeypatch.chdir(path)
+    return path
+
+
+@engines(pytest.mark.slow)
+def test_killed_run_ends_as_an_unbroken_one(
+    broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_run(load_run("tiny"))
+    found = outcome()
+    unbroken = tmp_path / "unbroken"
+    unbroken.mkdir()
+    monkeypatch.chdir(unbroken)
+    shutil.copy(broken / "params.yaml", unbroken)
     make_data()
     train_run(load_run("tiny"))
-    unbroken = outcome()
-    for path in Path("models/tiny").glob("*.*"):
-        path.unlink()
-    kill_after_first_checkpoint("tiny")
-    assert not Path("models/tiny/metrics.json").exists()
-    assert list(Path(".gram/checkpoints/tiny").glob("step-*"))
-    train_run(load_run("tiny"))
-    assert outcome() == unbroken
+    assert found == outcome()
+
+
+@engines()
+def test_damaged_checkpoint_is_named(broken: Path) -> None:
+    (newest,) = sorted(Path(".gram/checkpoints/tiny").glob("step-*"))[-1:]
+    path = newest / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(GramError, match="damaged checkpoint") as caught:
+        train_run(load_run("tiny"))
+    assert str(newest) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("models/tiny/model.safetensors").exists()
 
 
 @pytest.mark.ray
@@ -104,30 +154,6 @@ def test_damaged_training_table_is_named(whole: Path) -> None:
     assert {k: v for k, v in after.items() if "live" not in k} == {
         k: v for k, v in before.items() if "live" not in k
     }
-
-
-def test_damaged_checkpoint_is_named(data: Path) -> None:
-    write_params(params(runs__tiny__train__steps=400))
-    kill_after_first_checkpoint("tiny")
-    (newest,) = sorted(Path(".gram/checkpoints/tiny").glob("step-*"))[-1:]
-    (newest / "ema.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(GramError, match="damaged checkpoint") as caught:
-        train_run(load_run("tiny"))
-    assert str(newest) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not Path("models/tiny/model.safetensors").exists()
-
-
-@pytest.mark.ray
-def test_damaged_checkpoint_is_named_across_ray(data: Path) -> None:
-    write_params(params(runs__tiny__train__engine="deepspeed", runs__tiny__train__steps=400))
-    kill_after_first_checkpoint("tiny")
-    (newest,) = sorted(Path(".gram/checkpoints/tiny").glob("step-*"))[-1:]
-    path = newest / "weights.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(GramError, match="damaged checkpoint") as caught:
-        train_run(load_run("tiny"))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_stage_fails_with_one_line(data: Path) -> None:

@@ -16,9 +16,11 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """A process that has fused nothing, and a place where nothing is compiled."""
+    """A process that has fused nothing, and a place where nothing is compiled. What is, there, is
+    only loaded, and so need not be fast."""
     monkeypatch.setattr(library.process, "library", None)
     monkeypatch.setattr(library.process, "formats", ())
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     return tmp_path
 
