@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from gram_core.config import Config, ConfigError, load
 from gram_core.tasks.base import Task
@@ -21,6 +22,7 @@ from pipelines.storage import StorageConfig
 FILE = Path("params.yaml")
 DATA, MODELS, RESULTS = Path("data"), Path("models"), Path("results")
 WORK = Path(".gram")  # what is in progress
+DEEPEST = 50  # levels of params.yaml, which has six
 C = TypeVar("C", bound=Config)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SECTIONS = ("tasks", "runs", "sweeps", "storage")
@@ -43,23 +45,26 @@ class Run:
         return load(cls, self.entry.get(key, {}), f"{self.where}.{key}")
 
 
-def _tag(event: Any) -> str | None:
-    """The tag that an event of YAML carries, if it does."""
-    tag = getattr(event, "tag", None)
-    return None if tag is None else str(tag)
+def _refuse(text: str, path: Path) -> None:
+    """Raises `ConfigError` for YAML with tags, or so deep that its reader takes minutes."""
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        tag = getattr(event, "tag", None)
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if tag is None and depth <= DEEPEST:
+            continue
+        fault = f"nested deeper than {DEEPEST}" if tag is None else f"tag {tag}"
+        line = event.start_mark.line + 1
+        raise ConfigError(f"{path}, line {line}: not valid YAML: {fault}, which is not read here")
 
 
 def read_params(path: Path = FILE) -> dict[str, Any]:
-    """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags,
-    lacks the sections `tasks` or `runs`, or has others than these, `sweeps` and `storage`."""
+    """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags, is
+    nested deeper than `DEEPEST`, lacks the sections `tasks` or `runs`, or has others than these,
+    `sweeps` and `storage`."""
     try:
         text = path.read_text()
-        tagged = next((e for e in YAML(typ="safe", pure=True).parse(text) if _tag(e)), None)
-        if tagged is not None:
-            line = tagged.start_mark.line + 1
-            raise ConfigError(
-                f"{path}, line {line}: not valid YAML: tag {_tag(tagged)}, which is not read here"
-            )
+        _refuse(text, path)
         document = YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
@@ -72,7 +77,7 @@ def read_params(path: Path = FILE) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not valid YAML: {' '.join(problem.split())}") from None
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:  # a date or number that is none; a deep nest
+    except ValueError as error:  # a date or number that is none
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path}: expected the sections 'tasks' and 'runs', got {document!r}")

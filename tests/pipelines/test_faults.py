@@ -413,7 +413,7 @@ def test_yaml_that_makes_objects_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["tasks: 2024-13-45\n", f"tasks: {'9' * 5000}\n", f"tasks: {'[' * 2000}\n"],
+    ["tasks: 2024-13-45\n", f"tasks: {'9' * 5000}\n", f"tasks: {'[' * 5000}{']' * 5000}\n"],
     ids=["no date", "a long number", "a deep nest"],
 )
 def test_yaml_that_its_reader_fails_on_is_one_line(folder: Path, text: str) -> None:
