@@ -49,18 +49,19 @@ def _refuse(text: str, path: Path) -> None:
     """Raises `ConfigError` for YAML with tags, or so deep that its reader takes minutes."""
     depth = 0
     for event in YAML(typ="safe", pure=True).parse(text):
-        tag = getattr(event, "tag", None)
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if tag is None and depth <= DEEPEST:
-            continue
-        fault = f"nested deeper than {DEEPEST}" if tag is None else f"tag {tag}"
-        line = event.start_mark.line + 1
-        raise ConfigError(f"{path}, line {line}: not valid YAML: {fault}, which is not read here")
+        tag = getattr(event, "tag", None)
+        fault = f"tag {tag}" if tag is not None else f"more than {DEEPEST} levels"
+        if tag is not None or depth > DEEPEST:
+            line = event.start_mark.line + 1
+            raise ConfigError(
+                f"{path}, line {line}: not valid YAML: {fault}, which is not read here"
+            )
 
 
 def read_params(path: Path = FILE) -> dict[str, Any]:
-    """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags, is
-    nested deeper than `DEEPEST`, lacks the sections `tasks` or `runs`, or has others than these,
+    """The whole file as plain mappings. Raises `ConfigError` where it is not YAML, holds tags, has
+    more than `DEEPEST` levels, lacks the sections `tasks` or `runs`, or has others than these,
     `sweeps` and `storage`."""
     try:
         text = path.read_text()
