@@ -1,11 +1,10 @@
 """Workspaces for the pipeline's tests."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from workspace import PARAMS, make_data, make_run, write_params
+from workspace import PARAMS, copy_to_work_in, make_data, make_run, write_params
 
 
 @pytest.fixture
@@ -41,7 +40,4 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def whole(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of `done` to work in."""
-    path = tmp_path / "whole"
-    shutil.copytree(done, path)
-    monkeypatch.chdir(path)
-    return path
+    return copy_to_work_in(done, tmp_path / "whole", monkeypatch)

@@ -12,7 +12,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 from safetensors.torch import load_file
-from workspace import child_environment, contents, make_data, params, write_params
+from workspace import (
+    child_environment,
+    contents,
+    copy_to_work_in,
+    make_data,
+    params,
+    write_params,
+)
 
 from gram_core.errors import GramError
 from pipelines.deepspeed_config import deepspeed_config
@@ -98,10 +105,7 @@ def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def broken(killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of `killed` to work in."""
-    path = tmp_path / "broken"
-    shutil.copytree(killed, path)
-    monkeypatch.chdir(path)
-    return path
+    return copy_to_work_in(killed, tmp_path / "broken", monkeypatch)
 
 
 @engines(pytest.mark.slow)

@@ -3,10 +3,12 @@
 import copy
 import io
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 from pipelines.dataset import augment, generate
@@ -75,6 +77,13 @@ def make_run(name: str = "tiny") -> dict[str, float]:
     train_run(load_run(name))
     sample_run(load_run(name))
     return evaluate(load_run(name))
+
+
+def copy_to_work_in(source: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a workspace that others share, as the working folder of a test."""
+    shutil.copytree(source, path)
+    monkeypatch.chdir(path)
+    return path
 
 
 def child_environment() -> dict[str, str]:
