@@ -109,6 +109,9 @@ class TrainConfig(Config, frozen=True, kw_only=True):
         return rows // self.parts
 
 
+CALMER = "lower train.optim.lr or raise its warmup"
+
+
 class TrainingError(GramError):
     """Training cannot go on; one line that says at which iteration and why."""
 
@@ -150,8 +153,8 @@ def train(
 
     `report` gets one row every `log_every` iterations, and first the rows of before a resumption
     again: means since the row before it, under the names of `Terms`, with `step` and `lr`.
-    Returns the averaged weights and the history. Raises `TrainingError` where the loss is no
-    longer finite.
+    Returns the averaged weights and the history. Raises `TrainingError` where the loss, or a weight
+    that would be kept, is no longer finite.
     """
     model = engine.model
     ema = EMA(engine.held(), config.ema, config.ema_warmup)
@@ -189,16 +192,24 @@ def train(
         if done % config.log_every == 0 or done == config.steps:
             row = {"step": done, "lr": rate, **means(engine.total(window))}
             if not all(map(math.isfinite, row.values())):
-                raise TrainingError(
-                    f"the loss is not finite at iteration {done}: {row}; lower train.optim.lr "
-                    "or raise its warmup"
-                )
+                raise TrainingError(f"the loss is not finite at iteration {done}: {row}; {CALMER}")
             progress.history.append(row)
             report(row)
             window.zero_()
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            # The loss is of before the step: what a step has spoilt must not take the place of the
+            # last checkpoint, nor be the model.
+            _check_weights(engine, done)
         if checkpoints and done % config.checkpoint_every == 0 and done < config.steps:
             checkpoints.save(engine, slots, ema, progress)
     return ema, progress
+
+
+def _check_weights(engine: Engine, iteration: int) -> None:
+    """Raise `TrainingError` where a weight is not finite; every worker calls this."""
+    # Whole tensors: what pads the workers' shards is nobody's.
+    if not all(bool(weight.isfinite().all()) for weight in engine.whole(engine.held())):
+        raise TrainingError(f"weights are not finite after iteration {iteration}; {CALMER}")
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

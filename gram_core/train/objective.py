@@ -207,8 +207,11 @@ def _head_losses(
     terms.mean("value_loss", value, ends)
     loss = loss + config.value_weight * (value * ending).sum() / usual
     if model.config.halting == "q_learning" and size > 1:
-        # q_continue(s) learns max(q_halt, q_continue) of step s + 1, known once the slot ends.
-        best_next = torch.sigmoid(q_trace[:, 1:].detach()).amax(-1)
+        # q_continue(s) learns max(q_halt, q_continue) of step s + 1, known once the slot ends; of
+        # the last step q_halt alone, as HRM: after it nothing goes on, and nothing else would tie
+        # what the head says of going on to what comes of it.
+        ahead = torch.sigmoid(q_trace[:, 1:].detach())
+        best_next = torch.where(steps[1:] < size - 1, ahead.amax(-1), ahead[..., 0])
         has_next = (steps[:-1] < step[:, None]).float()
         bce = F.binary_cross_entropy_with_logits(q_trace[:, :-1, 1], best_next, reduction="none")
         per_example = (bce * has_next).sum(1) / has_next.sum(1).clamp(min=1.0)

@@ -141,7 +141,12 @@ def head_terms(
     q = [model.halt(feature) for feature in trace[: step + 1]]
     halt = binary(q[step][0], quality[o.halt_target])
     errors = [(model.value(f) - quality[o.value_target]) ** 2 for f in trace[: step + 1]]
-    onward = [binary(q[s][1], torch.sigmoid(q[s + 1]).max().detach()) for s in range(step)]
+    last = len(trace) - 1  # of N_sup: after it nothing goes on
+    onward = []
+    for s in range(step):
+        halt_next, go_on_next = torch.sigmoid(q[s + 1]).detach()
+        best = halt_next if s + 1 == last else torch.maximum(halt_next, go_on_next)
+        onward.append(binary(q[s][1], best))
     none = torch.zeros(())
     return halt, torch.stack(errors).mean(), torch.stack(onward).mean() if onward else none
 

@@ -14,6 +14,7 @@ from gram_core.train.checkpoint import (
     Progress,
 )
 from gram_core.train.ema import EMA
+from gram_core.train.loop import TrainingError
 from gram_core.train.optim import OptimConfig
 
 
@@ -211,6 +212,31 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(make_run, tmp_path, monkeyp
         checkpoints = Checkpoints(FolderStore(tmp_path), "a")
         checkpoints.save(run.engine, run.slots, fresh_ema(run), Progress(6, []))
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-0000003"]
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_weights_that_a_step_has_spoilt_are_not_kept(make_run, tmp_path, at):
+    run = make_run(checkpoint_every=2)
+    good = run.engine.step
+    taken = 0
+
+    def overflow(loss: torch.Tensor, lr: float) -> None:
+        nonlocal taken
+        good(loss, lr)
+        taken += 1
+        if taken == at:
+            with torch.no_grad():
+                run.engine.model.decoder.weight[0, 0] = torch.inf
+
+    run.engine.step = overflow
+    with pytest.raises(TrainingError, match=f"weights are not finite after iteration {at}; lower"):
+        run.go(Checkpoints(FolderStore(tmp_path), "a"))
+    assert run.ema is None  # nothing came back
+    # The last iterations' loss was finite still, and the checkpoint of before is the newest.
+    assert [row["step"] for row in run.reported] == list(range(1, at + 1))
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"step-000000{at - 2}"]
+    resumed = make_run(checkpoint_every=2).go(Checkpoints(FolderStore(tmp_path), "a"))
+    assert_same_end(make_run(checkpoint_every=2).go(), resumed)
 
 
 def test_clear_removes_all_checkpoints_and_does_not_mind_none(make_run, tmp_path):
