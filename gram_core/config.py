@@ -19,6 +19,8 @@ NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0, le=LARGE)]
 NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0, le=LARGE)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Decay = Annotated[float, msgspec.Meta(ge=0, lt=1)]  # of a moving average: 1 would never move it
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # what torch, NumPy and Arrow all take
 
 
 class ConfigError(GramError):

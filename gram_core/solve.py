@@ -53,8 +53,9 @@ class Solver:
         sample: SampleConfig | None = None,
         device: torch.device | None = None,
     ) -> "Solver":
-        """The model and task of a run's folder, e.g. `models/nqueens8_gram`; by default it
-        samples to the depth that it was trained to.
+        """The model and task of a run's folder, e.g. `models/nqueens8_gram`. How the run itself is
+        sampled stands in params.yaml, not there: pass it as `sample`; by default it samples as
+        `SampleConfig` says, halting included, to the depth that it was trained to.
 
         Raises `ModelError` for a missing or damaged model.
         """
@@ -68,7 +69,7 @@ class Solver:
 
     def solve(self, puzzle: str, width: int = 20, **settings: Any) -> list[Answer]:
         """The distinct answers of `width` trajectories: verified ones first, then by the number
-        of trajectories that agree, then by value. `settings` override the run's sampling
+        of trajectories that agree, then by value. `settings` override `sample`
         (`depth`, `seed`, `halting`, ...). Raises `TaskError` for a malformed puzzle and
         `ConfigError` for a setting that cannot be."""
         tokens = self.task.parse(puzzle)

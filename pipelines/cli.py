@@ -1,6 +1,7 @@
 """The `gram` command: solve a puzzle, sample, sweep, reproduce, look at a run."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -211,16 +212,20 @@ def _info(run: str) -> int:
     print(f"made at revision {made.get('revision')} on {made.get('device')}")
     for path in (folder / "metrics.json", Path("results") / folder.name / "metrics.json"):
         if path.is_file():
-            found = json.loads(path.read_bytes())
             print(f"{path}:")
-            for name, value in found.items():
-                if not name.endswith(("_low", "_high")):
-                    print(f"  {name:32} {value:.4g}")
+            try:
+                for name, value in json.loads(path.read_bytes()).items():
+                    if not name.endswith(("_low", "_high")):
+                        print(f"  {name:32} {value:.4g}")
+            except (AttributeError, TypeError, ValueError):
+                return fail(f"{path}: not a mapping of numbers; make it again (dvc repro)")
     return 0
 
 
 def program() -> None:
     """The console script."""
+    # As with `python -m`, where stages find the module that a table task's `verifier` names.
+    sys.path.append(str(Path.cwd()))
     entry(main)
 
 

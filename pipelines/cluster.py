@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gram_core.errors import GramError
 from pipelines.runtime import cluster_address, environment, local, threads
 
+OURS = ("__main__", "gram_core", "pipelines", "stages", "tests", "benchmarks")
+
 
 @contextmanager
 def cluster(cpus: int | None = None) -> Iterator[None]:
@@ -30,6 +33,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     address = cluster_address()
     if address:
         _reach(address)
+    carry_own_modules()
     alone = {} if address else {"num_cpus": cpus or threads(), "include_dashboard": False}
     if not address:
         # For the processes that Ray starts; and what it has read of it in this one.
@@ -62,6 +66,18 @@ def _code() -> dict[str, Any]:
 
     packages = [str(Path(package.__path__[0])) for package in (gram_core, pipelines)]
     return {"py_modules": packages, "excludes": ["**/__pycache__"]}
+
+
+def carry_own_modules() -> None:
+    """Have modules that were imported from the working folder and are not the project's, such as
+    the rule of a `table` task, travel with what is made of them."""
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        file = getattr(sys.modules.get(top), "__file__", None)
+        if file and top not in OURS:
+            place = Path(file).parent
+            if (place.parent if Path(file).name == "__init__.py" else place) == Path.cwd():
+                ray.cloudpickle.register_pickle_by_value(module)
 
 
 def worker_cores(workers: int, wanted: int | None, least: int | None = None) -> int:

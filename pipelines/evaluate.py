@@ -38,6 +38,7 @@ from gram_core.train.objective import ObjectiveConfig
 from pipelines.dataset import examples, held_out, labelled, solution_counts, test_table
 from pipelines.params import MODELS, RESULTS, Run
 from pipelines.provenance import provenance
+from pipelines.runtime import device_name
 
 POSITIONS = 32768  # of the bounds, at a time
 
@@ -60,7 +61,7 @@ def evaluate(run: Run) -> dict[str, float]:
         )
     folder = RESULTS / run.name
     seen = _Seen(run, sample, config)
-    model, about = load_model(MODELS / run.name)
+    model, about = load_model(MODELS / run.name, torch.device(device_name()))
     groups = about.get("identifiers", [])
     seen.read(folder / "trajectories.parquet", groups)
     puzzles = seen.puzzles()
@@ -172,7 +173,7 @@ def _common(
         return {name: value for name, value in found.items() if name.startswith(EARLY)}
     if run.task.conditional:
         return found
-    kept = {"distinct", "steps", "steps_low", "steps_high"}
+    kept = {"distinct", "steps"}
     if run.task.verifies:
         kept |= {"accuracy", "accuracy_low", "accuracy_high"}
         kept |= {"coverage", "coverage_ideal", "coverage_deterministic"}
@@ -212,10 +213,10 @@ def _own(run: Run, seen: _Seen, groups: Sequence[str], config: EvaluateConfig) -
 def _bounds(
     run: Run, model: GRAM, groups: Sequence[str], config: EvaluateConfig
 ) -> dict[str, float]:
-    """Means over the test pairs, in nats a pair, with intervals over puzzles: `bound`, Eq. 13, its
-    parts `bound_reconstruction` and `bound_divergence`, and `bound_surrogate`, Eq. 14. Nothing for
-    a model whose guidance has no density."""
-    shape = model.config
+    """Means over the test pairs, in nats a pair, with intervals over puzzles where there are any:
+    `bound`, Eq. 13, its parts `bound_reconstruction` and `bound_divergence`, and `bound_surrogate`,
+    Eq. 14. Nothing for a model whose guidance has no density."""
+    shape, device = model.config, model.z0_h.device
     if shape.guidance not in ("full", "stochastic_only"):
         return {}
     objective = run.section("objective", ObjectiveConfig)
@@ -233,10 +234,11 @@ def _bounds(
         keys = [trajectory_key(config.seed, f"bound of pair {row}", 0) for row in rows]
 
         def noise(step: int, keys: list[Key] = keys) -> torch.Tensor:
-            return batch_noise(keys, [step] * len(keys), (transitions, model.length, shape.dim))
+            like = (transitions, model.length, shape.dim)
+            return batch_noise(keys, [step] * len(keys), like, device)
 
         inputs, target, puzzle = (
-            t[rows.start : rows.stop] for t in (pairs.inputs, pairs.target, pairs.puzzle)
+            t[rows.start : rows.stop].to(device) for t in (pairs.inputs, pairs.target, pairs.puzzle)
         )
         of = bound(
             model,
@@ -253,15 +255,16 @@ def _bounds(
             ("bound_reconstruction", -of.reconstruction),
             ("bound_divergence", of.divergence),
         ):
-            parts.setdefault(name, []).append(values.double().numpy())
+            parts.setdefault(name, []).append(values.cpu().double().numpy())
     _, which = np.unique(pairs.inputs[:count].numpy(), axis=0, return_inverse=True)
     weight = np.bincount(which).astype(float)
     flat: dict[str, float] = {}
     for name, chunks in parts.items():
         total = np.bincount(which, weights=np.concatenate(chunks))
-        estimate = ratio(total, weight, config.resamples, config.seed)
+        estimate = ratio(total, weight, config.resamples, config.seed, share=False)
         flat[name] = estimate.value
-        flat[f"{name}_low"], flat[f"{name}_high"] = estimate.low, estimate.high
+        if len(weight) > 1:  # without an input there is no interval over inputs
+            flat[f"{name}_low"], flat[f"{name}_high"] = estimate.low, estimate.high
     return flat
 
 

@@ -81,7 +81,9 @@ def read_params(path: Path = FILE) -> dict[str, Any]:
     except ValueError as error:  # a date or number that is none
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(document, Mapping):
-        raise ConfigError(f"{path}: expected the sections 'tasks' and 'runs', got {document!r}")
+        raise ConfigError(
+            f"{path}: expected the sections 'tasks' and 'runs', got a {_kind(document)}"
+        )
     for key in document:
         if key not in SECTIONS:
             raise ConfigError(f"{path}: unknown section {key!r}; known: {', '.join(SECTIONS)}")
@@ -104,7 +106,16 @@ def load_task(name: str, path: Path = FILE) -> Task:
 
 def load_storage(path: Path = FILE) -> StorageConfig:
     """Where workers read and write by themselves. Raises `ConfigError`."""
-    return load(StorageConfig, read_params(path).get("storage", {}), f"{path}: storage")
+    section = read_params(path).get("storage", {})
+    if not isinstance(section, Mapping):  # which may hold a credential: it is not repeated
+        raise ConfigError(
+            f"{path}: storage: expected a mapping of settings, got a {_kind(section)}"
+        )
+    return load(StorageConfig, section, f"{path}: storage")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def load_run(name: str, path: Path = FILE) -> Run:

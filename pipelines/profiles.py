@@ -23,7 +23,12 @@ def compose(profile: str, path: Path, overrides: Sequence[str] = ()) -> None:
     from dvc.utils.hydra import compose_and_dump
 
     chosen = [f"profile={profile}", *overrides]
-    compose_and_dump(str(path), str(CONF.absolute()), None, "config", "", chosen)
+    partial = path.with_name(f".partial-{path.name}")  # whole or not at all
+    try:
+        compose_and_dump(str(partial), str(CONF.absolute()), None, "config", "", chosen)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str]) -> int:

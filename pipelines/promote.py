@@ -36,7 +36,10 @@ def promotion(name: str, path: Path = FILE) -> str:
         before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{path}", f"b/{path}"
     )
     fixed = " ".join(f"{key}={value}" for key, value in found.fixed.items())
-    overrides = [f"runs.{found.run}.{key}={value}" for key, value in best.params.items()]
+    overrides = [
+        f"runs.{found.run}.{key}={'null' if value is None else value}"
+        for key, value in best.params.items()
+    ]
     head = [
         f"# sweep {name}: {best.name}, best of {len(found.trials)} trials: {found.metric} "
         f"{best.value:.4g} at step {best.step}",

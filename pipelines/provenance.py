@@ -53,7 +53,8 @@ def revision() -> str:
     if not commit:
         return "unknown"
     # What a pipeline itself writes says nothing about the code.
-    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *map(":!{}".format, MADE))
+    others = [f":(top,exclude){path}" for path in MADE]
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *others)
     return commit + ("+" if dirty else "")
 
 

@@ -4,12 +4,14 @@ In a clean worktree of REV, DVC pulls what this checkout's cache or the remote h
 they have not; then every metric is compared with the one recorded at REV, by its interval.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,28 @@ def reproduce(revision: str, runs: Sequence[str], *, force: bool = False) -> int
         raise GramError(f"{revision}: no such revision in this repository")
     top = Path(_git(Path(), "rev-parse", "--show-toplevel"))
     tree = top / WORK / "reproduce" / commit[:12]
+    with _alone(top / WORK / "locks" / f"reproduce-{commit[:12]}"):
+        return _compared(revision, commit, top, tree, runs, force=force)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock at `path`. Raises `GramError` where another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GramError(
+                f"{path}: another gram reproduce of this revision is running in this checkout; "
+                "wait for it"
+            ) from None
+        yield
+
+
+def _compared(
+    revision: str, commit: str, top: Path, tree: Path, runs: Sequence[str], *, force: bool
+) -> int:
     _remove(top, tree)
     if _run(["git", "worktree", "add", "--detach", "--force", str(tree), commit], top):
         raise GramError(f"{revision}: git could not make a worktree at {tree}")
@@ -197,4 +221,3 @@ def _remove(top: Path, tree: Path) -> None:
     if tree.exists():
         _git(top, "worktree", "remove", "--force", str(tree))
         shutil.rmtree(tree, ignore_errors=True)
-    _git(top, "worktree", "prune")

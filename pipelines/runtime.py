@@ -8,6 +8,7 @@ import atexit
 import errno
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ ALLOCATOR = {
 # worker of Ray computes on a thread beside the main one, each with a team: unless it is told to be
 # active, every small operation there waits for a thread to wake (docs/performance.md).
 PATIENT = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
+UNREAD = 120  # as Python itself ends where its last words cannot be written
 # What writing to a disk fails by that a user can mend.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 QUIET = {
@@ -105,7 +107,7 @@ def _end(ended: Sequence[int]) -> None:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
     except (OSError, ValueError):
-        code = code or 120  # as Python itself ends where its last words cannot be written
+        code = code or UNREAD
     finally:
         os._exit(code)
 
@@ -122,6 +124,10 @@ def _told(main: Callable[[Sequence[str]], int | None]) -> int:
         return code
     except GramError as error:
         return fail(str(error))
+    except BrokenPipeError:
+        if sys.stdout is None or not stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            raise
+        return UNREAD
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -132,6 +138,15 @@ def fail(message: str, code: int = 1) -> int:
     """Print one line to standard error and return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def only(arguments: Sequence[str], usage: str) -> str:
+    """The one argument of a program. Raises `GramError` where there are more or none."""
+    from gram_core.errors import GramError
+
+    if len(arguments) != 1:
+        raise GramError(f"usage: python -m {usage}")
+    return arguments[0]
 
 
 def say(message: str) -> None:

@@ -296,6 +296,12 @@ def sample_on_ray(
             cause = getattr(error, "cause", None)
             if isinstance(cause, GramError):
                 raise cause from None
+            if getattr(error, "actor_init_failed", False):
+                # Of the text that Ray wraps it in, the last line is what happened.
+                reason = str(error).strip().splitlines()[-1].strip()
+                raise GramError(
+                    f"sample {job.name}: no worker could begin: {reason[:300]}"
+                ) from error
             if isinstance(error, ray.exceptions.RayActorError):
                 raise GramError(
                     f"sample {job.name}: the workers of a block died {RETRIES + 1} times; is there "

@@ -12,6 +12,8 @@ from gram_core.errors import GramError
 from pipelines.storage import secret, shown
 
 CACHE = Path(".gram") / "sources"
+NAME = 100  # characters of a cached file's name, after those that tell it from others
+SILENCE = 60  # seconds without a byte after which a download has failed; it may last as it will
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 
 
@@ -23,8 +25,12 @@ def fetch(source: str) -> Path:
     """The file that `source` names. Raises `SourceError`."""
     scheme = source.partition("://")[0] if "://" in source else ""
     if scheme in ("", "file"):
-        path = Path(source.removeprefix("file://")).expanduser()
-        if not path.is_file():
+        try:
+            path = Path(source.removeprefix("file://")).expanduser()
+            there = path.is_file()
+        except (OSError, RuntimeError):  # a name too long, a home that nobody has
+            there = False
+        if not there:
             raise SourceError(f"{source}: no such file")
         return path
     if secret(source):
@@ -43,7 +49,6 @@ def fetch(source: str) -> Path:
 def _from_hub(source: str) -> Path:
     """A file of a dataset repository, through huggingface_hub and its own cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     match = HUB.fullmatch(source)
     if match is None:
@@ -52,7 +57,7 @@ def _from_hub(source: str) -> Path:
         path = hf_hub_download(
             match["repo"], match["file"], repo_type="dataset", revision=match["revision"]
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of the client's HTTP library, which changes, among others
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"{source}: the Hub did not give it ({reason})") from None
     return Path(path)
@@ -64,14 +69,17 @@ def _from_remote(source: str) -> Path:
     import fsspec
     from botocore.exceptions import BotoCoreError
 
-    name = hashlib.sha256(source.encode()).hexdigest()[:16] + "_" + source.rpartition("/")[2]
+    last = source.partition("?")[0].rpartition("/")[2][-NAME:]
+    name = hashlib.sha256(source.encode()).hexdigest()[:16] + "_" + last
+    s3 = source.startswith("s3://")
     path = CACHE / name
     if path.is_file():
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{name}.partial")
     try:
-        filesystem, remote = fsspec.core.url_to_fs(source)
+        web = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_read=SILENCE)}}
+        filesystem, remote = fsspec.core.url_to_fs(source, **({} if s3 else web))
         filesystem.get_file(remote, str(partial))
         partial.replace(path)
     except FileNotFoundError:

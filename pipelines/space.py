@@ -11,14 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gram_core.config import (
-    Config,
-    ConfigError,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    load,
-)
+from gram_core.config import Config, ConfigError, NonNegativeFloat, PositiveInt, Seed, load
 from gram_core.train.objective import Terms
 from pipelines.params import FILE, Run, entry_of, read_params, run_of
 from pipelines.storage import check
@@ -28,6 +21,7 @@ RANGES = ("uniform", "loguniform")
 LISTS = ("choice", "grid")
 # What PBT may change in the middle of a trial: nothing that shapes the weights or the slots.
 MUTABLE = ("train.optim.", "objective.", "train.prior_slots", "train.ema")
+SHAPING = ("train.optim.name",)  # what an optimiser remembers is no other's
 SECTIONS = ("model.", "objective.", "train.")
 
 
@@ -48,7 +42,7 @@ class SweepConfig(Config, frozen=True, kw_only=True):
     metric: str = "prior_valid"
     mode: Literal["max", "min"] = "max"
     trials: PositiveInt = 8
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     grace: PositiveInt = 2
     reduction: PositiveInt = 3
     cpus: PositiveInt = 1
@@ -76,10 +70,10 @@ class SweepConfig(Config, frozen=True, kw_only=True):
             if self.search == "optuna":
                 raise ValueError("scheduler: pbt searches by itself; use search: random")
             for key in self.space:
-                if not key.startswith(MUTABLE):
+                if not key.startswith(MUTABLE) or key in SHAPING:
                     raise ValueError(
-                        f"space.{key}: scheduler: pbt can change only {', '.join(MUTABLE)} of a "
-                        "trial in progress"
+                        f"space.{key}: scheduler: pbt can change only {', '.join(MUTABLE)} (but "
+                        f"{', '.join(SHAPING)}) of a trial in progress"
                     )
         if self.reduction < 2:
             raise ValueError("reduction: at least 2")
@@ -117,7 +111,11 @@ def load_sweep(name: str, path: Path = FILE) -> tuple[SweepConfig, dict[str, Any
 
 def _extremes(config: SweepConfig) -> Iterator[dict[str, Any]]:
     """Choices that together try the ends of every range and every listed value."""
-    lists = {key: list(next(iter(spec.values()))) for key, spec in config.space.items()}
+    lists = {}
+    for key, spec in config.space.items():
+        ((kind, values),) = spec.items()
+        # What is drawn from a range is a float, its ends too.
+        lists[key] = [float(v) for v in values] if kind in RANGES else list(values)
     for row in range(max(map(len, lists.values()))):
         yield {key: values[row % len(values)] for key, values in lists.items()}
 

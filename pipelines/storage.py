@@ -83,6 +83,10 @@ def check(address: str) -> str:
         raise StorageError(f"{address}: must not contain '..'")
     if scheme == "s3" and not S3.fullmatch(address):
         raise StorageError(f"{address}: not of the form s3://BUCKET/KEY")
+    if scheme == "s3" and set(address) & set("*?[]"):
+        raise StorageError(
+            f"{address}: must not contain any of * ? [ ], which would name others too"
+        )
     return address
 
 
@@ -149,16 +153,20 @@ def names(address: str) -> list[str]:
 
 def remove(address: str) -> None:
     """Delete a file, or a folder with all in it; nothing there is as well. Raises
-    `StorageError`."""
+    `StorageError`, also where something is left."""
     import shutil
 
     path = local(address)
     with _explained(address):
         if path is None:
+            store = filesystem()
             try:
-                filesystem().rm(address, recursive=True)
+                store.rm(address, recursive=True)
             except FileNotFoundError:
                 return
+            # s3fs does not look at what a server refused to delete.
+            if store.find(address):
+                raise PermissionError(address)
         elif path.is_dir():
             shutil.rmtree(path)
         else:
@@ -166,11 +174,14 @@ def remove(address: str) -> None:
 
 
 def _bucket(address: str) -> None:
-    """Raise where the bucket itself is missing."""
+    """Raise where the bucket itself is missing. Asked by what every user of a prefix may do."""
     match = S3.fullmatch(address)
     assert match is not None
-    if not filesystem().exists(f"s3://{match['bucket']}"):
-        raise FileNotFoundError(f"no bucket {match['bucket']!r}")
+    bucket, key = match["bucket"], match["key"] or ""
+    try:
+        filesystem().call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no bucket {bucket!r}") from None
 
 
 @contextmanager
@@ -185,11 +196,16 @@ def _explained(address: str) -> Iterator[None]:
     except FileNotFoundError as error:
         reason = str(error) if "bucket" in str(error) else "not there"
         raise StorageError(f"{address}: {reason}") from None
-    except (NoCredentialsError, PermissionError):
+    except (NoCredentialsError, PermissionError) as error:
+        if not address.startswith("s3://"):
+            raise StorageError(f"{address}: {getattr(error, 'strerror', error)}") from None
         raise StorageError(
             f"{address}: access refused; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the "
             "AWS files, and what they may do"
         ) from None
-    except (OSError, BotoCoreError, ClientError, CutShort, FSTimeoutError) as error:
+    except GramError:
+        raise
+    # A malformed AWS_ENDPOINT_URL is a ValueError of botocore's.
+    except (OSError, ValueError, BotoCoreError, ClientError, CutShort, FSTimeoutError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise StorageError(f"{address}: {reason}") from None

@@ -26,7 +26,7 @@ from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers
 from pipelines.params import RESULTS, WORK
 from pipelines.provenance import provenance
-from pipelines.runtime import device_name, say
+from pipelines.runtime import cluster_address, device_name, say
 from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
 from pipelines.train import Job, build_module, fingerprint, job_of, work
 
@@ -114,7 +114,7 @@ def sweep(name: str, *, resume: bool = False) -> int:
 
     config, params = load_sweep(name)
     job, rows = _checked(params, config)
-    place = storage.join(config.storage or str((WORK / "sweeps").absolute()), name)
+    place = _place(name, config)
     filesystem, folder = _filesystem(place)
     about = {
         "sweep": dump(config),
@@ -136,14 +136,22 @@ def sweep(name: str, *, resume: bool = False) -> int:
         }
     )
     with cluster():
-        _reachable(name, config)
+        gpus = float(has_gpus()) if config.gpus is None else config.gpus
+        _fits(name, config, gpus)
         function = tune.with_resources(
             tune.with_parameters(
                 trial, params=params, config=config, groups=job.identifiers, rows=rows
             ),
-            {"cpu": config.cpus, "gpu": float(has_gpus()) if config.gpus is None else config.gpus},
+            {"cpu": config.cpus, "gpu": gpus},
         )
-        there = SETTINGS in storage.names(place)
+        lying = storage.names(place)
+        there = SETTINGS in lying
+        if config.storage is not None and lying and not there:
+            # It will be cleared: it must be ours.
+            raise GramError(
+                f"sweep {name}: {place} holds what is no sweep's ({lying[0]}); name another folder "
+                f"or prefix in sweeps.{name}.storage, or empty it"
+            )
         if resume and there and storage.read(storage.join(place, SETTINGS)).decode() != settings:
             raise GramError(
                 f"sweep {name}: its settings or its data have changed since it began at "
@@ -191,6 +199,13 @@ def sweep(name: str, *, resume: bool = False) -> int:
     return len(table)
 
 
+def _place(name: str, config: SweepConfig) -> str:
+    """Where the sweep in progress keeps its state: an s3:// address or an absolute path."""
+    root = config.storage or str(WORK / "sweeps")
+    path = storage.local(root)
+    return storage.join(root if path is None else str(path.expanduser().absolute()), name)
+
+
 def _checked(params: Mapping[str, Any], config: SweepConfig) -> tuple[Job, Examples]:
     """The run as it is without a trial's values, and its training rows."""
     run = run_with(params, config, {})
@@ -207,15 +222,26 @@ def _filesystem(place: str) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(storage.filesystem())), place.removeprefix("s3://")
 
 
-def _reachable(name: str, config: SweepConfig) -> None:
-    """Raise where trials could run on machines that do not see this one's disk."""
+def _fits(name: str, config: SweepConfig, gpus: float) -> None:
+    """Raise where trials could run on machines that do not see this one's disk, or nowhere: Tune
+    would wait for ever. A cluster may grow."""
     import ray
 
-    if config.storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
-        raise GramError(
-            f"params.yaml: sweeps.{name}.storage: the Ray cluster has several machines; name an "
-            "s3:// prefix, or a folder, that all of them reach"
-        )
+    where = f"params.yaml: sweeps.{name}"
+    if cluster_address():
+        if config.storage is None:
+            raise GramError(
+                f"{where}.storage: on a Ray cluster, which may have or get several machines, name "
+                "an s3:// prefix, or a folder, that all of them reach"
+            )
+        return
+    there = ray.cluster_resources()
+    for key, wanted, kind in (("cpus", config.cpus, "CPU"), ("gpus", gpus, "GPU")):
+        if wanted > there.get(kind, 0):
+            raise GramError(
+                f"{where}.{key}: a trial asks for {wanted:g}, and this machine's Ray has "
+                f"{there.get(kind, 0):g}"
+            )
 
 
 def _tuner(name: str, function: Any, config: SweepConfig, filesystem: Any, folder: str) -> Any:
@@ -327,6 +353,12 @@ def trials_table(name: str, grid: Any) -> pa.Table:
             "state": "ERROR" if result.error else "TERMINATED",
         }
         frame = result.metrics_dataframe
+        if (frame is None or frame.empty) and "training_iteration" in (result.metrics or {}):
+            # Tune leaves out what it cannot read, in silence.
+            raise GramError(
+                f"sweep {name}: the reports of trial {number} cannot be read back from "
+                f"{result.path}; nothing was removed, --resume reads them again"
+            )
         reports = {} if frame is None else {int(r["step"]): r for r in frame.to_dict("records")}
         for step, report in sorted(reports.items()):
             told = {k: float(report[k]) for k in Terms.names if k in report}
@@ -344,5 +376,10 @@ def trials_table(name: str, grid: Any) -> pa.Table:
 
 
 def _texts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Values as JSON, numbers of a data frame among them."""
-    return [(k, json.dumps(v.item() if hasattr(v, "item") else v)) for k, v in values.items()]
+    """Values as JSON, numbers of a data frame among them, whose gaps are nulls."""
+
+    def plain(value: Any) -> Any:
+        value = value.item() if hasattr(value, "item") else value
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [(key, json.dumps(plain(value))) for key, value in values.items()]

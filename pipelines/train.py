@@ -203,7 +203,7 @@ def ray_worker(config: dict[str, Any]) -> Trained:
 def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
     """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine. Where a worker dies,
     all start again from the newest checkpoint, `train.restarts` times."""
-    from ray.train import WorkerGroupError
+    from ray.train import PreemptionError, WorkerGroupError
 
     from pipelines.cluster import cluster, has_gpus
 
@@ -219,8 +219,9 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
         for restart in range(job.train.restarts + 1):
             try:
                 return _fit(job, rows, store, report, on_gpu=on_gpu)
-            except WorkerGroupError as error:
-                failures = list(error.worker_failures.values())
+            except (WorkerGroupError, PreemptionError) as error:
+                # A machine that is taken away is a death as any other.
+                failures = list(getattr(error, "worker_failures", {}).values())
                 known = next((f for f in failures if isinstance(f, GramError)), None)
                 if known is not None:
                     raise known from None
@@ -260,7 +261,7 @@ def _fit(
 ) -> Trained:
     """One start of the workers, until they are done or one of them is lost."""
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from pipelines.cluster import Board, worker_cores
     from pipelines.trainer import Trainer
@@ -288,7 +289,13 @@ def _fit(
             use_gpu=on_gpu,
             resources_per_worker={"CPU": cores, **({"GPU": 1} if on_gpu else {})},
         ),
-        run_config=RunConfig(name=job.name, storage_path=str((WORK / "ray").absolute())),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=str((WORK / "ray").absolute()),
+            # Started again by Ray itself, workers would go on from what was found before the first
+            # start, and what was saved since would be lost.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+        ),
     )
     try:
         with board.listening(receive):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -10,7 +10,7 @@ def main(arguments: Sequence[str]) -> None:
     from pipelines.dataset import augment
     from pipelines.params import load_task
 
-    (name,) = arguments
+    name = only(arguments, "stages.augment TASK")
     counts = augment(name, load_task(name))
     done = ", ".join(f"{key} {value}" for key, value in counts.items())
     say(f"augment {name}: {done or 'tables as generated'}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -10,7 +10,7 @@ def main(arguments: Sequence[str]) -> None:
     from pipelines.evaluate import evaluate
     from pipelines.params import load_run
 
-    (name,) = arguments
+    name = only(arguments, "stages.evaluate RUN")
     found = evaluate(load_run(name))
     first = next(iter(found))
     say(f"evaluate {name}: {first} {found[first]:.3f}, {len(found)} numbers in all")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -10,7 +10,7 @@ def main(arguments: Sequence[str]) -> None:
     from pipelines.dataset import generate
     from pipelines.params import load_task
 
-    (name,) = arguments
+    name = only(arguments, "stages.generate TASK")
     counts = generate(name, load_task(name))
     say(f"generate {name}: " + ", ".join(f"{key} {value}" for key, value in counts.items()))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -10,7 +10,7 @@ def main(arguments: Sequence[str]) -> None:
     from pipelines.params import load_run
     from pipelines.sample import sample_run
 
-    (name,) = arguments
+    name = only(arguments, "stages.sample RUN")
     say(f"sample {name}: {sample_run(load_run(name))} rows")
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the sweep."""
     from pipelines.sweep import sweep
 
-    (name,) = arguments
+    name = only(arguments, "stages.sweep NAME")
     say(f"sweep {name}: {sweep(name, resume=True)} reports")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -10,7 +10,7 @@ def main(arguments: Sequence[str]) -> None:
     from pipelines.params import load_run
     from pipelines.train import train_run
 
-    (name,) = arguments
+    name = only(arguments, "stages.train RUN")
     found = train_run(load_run(name))
     say(f"train {name}: {found['steps']} steps in {found['train_seconds']:.0f} s")
 

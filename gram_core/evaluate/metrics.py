@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from gram_core.config import Config, NonNegativeInt, PositiveInt
+from gram_core.config import Config, PositiveInt, Seed
 
 
 class EvaluateConfig(Config, frozen=True, kw_only=True):
@@ -32,7 +32,11 @@ class EvaluateConfig(Config, frozen=True, kw_only=True):
     classifier_steps: PositiveInt = 600
     inception: str | None = None
     resamples: Annotated[int, msgspec.Meta(ge=100)] = 1000
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(set(self.widths)) < len(self.widths):
+            raise ValueError(f"widths: expected one or more, each once, got {list(self.widths)}")
 
 
 # What a selector sorts trajectories by; `votes` counts those with the same answer.

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
+from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from gram_core.model.gram import GRAM
 from gram_core.model.recursion import State
 from gram_core.noise import Key, batch_noise, trajectory_key
@@ -43,7 +43,7 @@ class SampleConfig(Config, frozen=True, kw_only=True):
     there are any). `compile` says whether the supervision step is compiled: by default where the
     whole run is expected to take minutes."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     width: PositiveInt = 20
     depth: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 16
     depths: tuple[Annotated[int, msgspec.Meta(ge=1, le=65535)], ...] = ()

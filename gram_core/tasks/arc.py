@@ -14,6 +14,7 @@ Shapes: S = 900 cells, row-major.
 """
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from gram_core.config import Config, NonNegativeInt, PositiveInt
-from gram_core.tables import dataset_schema, tokens_array
+from gram_core.tables import dataset_schema, tokens_array, tokens_numpy
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
 
 SIDE = 30
@@ -153,21 +155,26 @@ def decode(tokens: np.ndarray) -> Grid:
     return grid
 
 
-def parse_task(name: str, document: Any) -> ArcTask:
-    """A task from its JSON document. Raises `TaskError` naming the pair and what is wrong."""
-    if not isinstance(document, Mapping) or not {"train", "test"} <= set(document):
-        raise TaskError(f"{name}: expected an object with the lists 'train' and 'test'")
-    parts: dict[str, list[tuple[Grid, Grid | None]]] = {"train": [], "test": []}
+def parse_task(name: str, document: Any, source: str = "") -> ArcTask:
+    """A task from its JSON document. Raises `TaskError` naming the pair and what is wrong, by
+    `source` where the name alone does not say where it stands."""
+    source = source or name
+    lists = ("train", "test")
+    if not isinstance(document, Mapping) or not all(
+        isinstance(document.get(part), Sequence) for part in lists
+    ):
+        raise TaskError(f"{source}: expected an object with the lists 'train' and 'test'")
+    parts: dict[str, list[tuple[Grid, Grid | None]]] = {part: [] for part in lists}
     for part, pairs in parts.items():
         for number, pair in enumerate(document[part], 1):
-            where = f"{name}: {part} pair {number}"
+            where = f"{source}: {part} pair {number}"
             if not isinstance(pair, Mapping) or "input" not in pair:
                 raise TaskError(f"{where}: has no input")
             secret = part == "test" and "output" not in pair
             output = None if secret else _grid(pair.get("output"), f"{where}: output")
             pairs.append((_grid(pair["input"], f"{where}: input"), output))
         if not pairs:
-            raise TaskError(f"{name}: has no {part} pair")
+            raise TaskError(f"{source}: has no {part} pair")
     train = [(x, y) for x, y in parts["train"] if y is not None]
     return ArcTask(name, train, parts["test"])
 
@@ -183,7 +190,8 @@ def _grid(rows: Any, where: str) -> Grid:
         raise TaskError(f"{where}: {len(rows)}x{max(widths)} cells, at most 30x30 fit")
     for row in rows:
         for colour in row:
-            if not isinstance(colour, int | np.integer) or not 0 <= colour < COLOURS:
+            number = isinstance(colour, int | np.integer) and not isinstance(colour, bool)
+            if not number or not 0 <= colour < COLOURS:
                 raise TaskError(f"{where}: {colour!r} is no colour, use 0-9")
     return np.array(rows, dtype=np.uint8)
 
@@ -216,7 +224,7 @@ def _json(path: Path, name: str) -> Any:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         return json.loads(content)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise TaskError(f"{name}: not a JSON file ({error})") from None
 
 
@@ -288,8 +296,12 @@ class Arc(Task):
         if config.score is not None:
             scored = read_source(config.score)[1]
         if config.concept is not None:
-            learned += _concept(fetch(config.concept), config.concept)
-        both = sorted({task.name for task in learned} & {task.name for task in scored})
+            more = _concept(fetch(config.concept), config.concept)
+            twice = _in_both(more, [*learned, *scored])
+            if twice:
+                raise TaskError(f"{config.concept}: task {twice[0]!r} is one of the source's too")
+            learned += more
+        both = _in_both(learned, scored)
         if both and not config.allow_overlap:
             raise TaskError(
                 f"{len(both)} of the tasks to score are training tasks too ({both[0]}, ...); to "
@@ -297,6 +309,7 @@ class Arc(Task):
             )
         if config.tasks is not None:
             learned, scored = learned[: config.tasks], scored[: config.tasks]
+            both = _in_both(learned, scored)
         train = [
             (task.name, f"{part}{number}", grids)
             for task in learned
@@ -366,12 +379,14 @@ class Arc(Task):
         """`pass@K`: for each task the share of its test inputs for which one of the first K voted
         answers is right. Inputs with a secret answer do not count."""
         answers: dict[str, list[tuple[int, Grid]]] = {}
-        for row in test.to_pylist():
-            puzzle, _, variant = row["puzzle_id"].rpartition("/")
-            task, _, number = puzzle.rpartition("/")
-            if variant == "0" and any(row["target"]):
-                grid = decode(np.frombuffer(bytes(row["target"]), np.uint8))
-                answers.setdefault(task, []).append((int(number), grid))
+        # Of what may be hundreds of thousands of variants, those that change nothing.
+        plain = test.filter(pc.ends_with(test["puzzle_id"], "/0"))
+        for puzzle_id, target in zip(
+            plain["puzzle_id"].to_pylist(), tokens_numpy(plain["target"]), strict=True
+        ):
+            task, number, _ = puzzle_id.rsplit("/", 2)
+            if target.any():
+                answers.setdefault(task, []).append((int(number), decode(target)))
         ranked = self.votes(trajectories)
         return {
             f"pass@{k}": np.array(
@@ -416,6 +431,10 @@ class Arc(Task):
         return "\n".join("".join(map(str, row)) for row in decode(tokens).tolist())
 
 
+def _in_both(learned: Sequence[ArcTask], scored: Sequence[ArcTask]) -> list[str]:
+    return sorted({task.name for task in learned} & {task.name for task in scored})
+
+
 def _canvas(grid: Grid) -> np.ndarray:
     return encode(grid) if grid.size else np.zeros(SIDE * SIDE, dtype=np.uint8)
 
@@ -445,7 +464,7 @@ def _concept(path: Path, name: str) -> list[ArcTask]:
     document = _json(path, name)
     if not isinstance(document, Mapping) or not document:
         raise TaskError(f"{name}: expected an object of tasks by name")
-    return [parse_task(f"{name}: {key}", task) for key, task in document.items()]
+    return [parse_task(key, task, f"{name}: {key}") for key, task in document.items()]
 
 
 def check_submission(document: Any, wanted: Mapping[str, int]) -> None:

@@ -11,6 +11,8 @@ Shapes: N images, S = height * width pixels.
 
 import gzip
 import hashlib
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import pyarrow as pa
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from gram_core.config import Config, NonNegativeInt, PositiveInt
+from gram_core.config import Config, PositiveInt, Seed
 from gram_core.tables import dataset_schema, tokens_array
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
 
@@ -64,7 +66,7 @@ class DigitsConfig(Config, frozen=True, kw_only=True, tag="digits", tag_field="k
     side: PositiveInt = 28
     patch: PositiveInt = 2
     train: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.side % self.patch:
@@ -78,7 +80,7 @@ def read_idx(path: Path, name: str, dimensions: int) -> np.ndarray:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TaskError(f"{name}: not a whole gzip file ({error})") from None
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic:
@@ -89,9 +91,9 @@ def read_idx(path: Path, name: str, dimensions: int) -> np.ndarray:
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise TaskError(f"{name}: {len(content)} bytes, the header alone promises {header}")
-    shape = np.frombuffer(content[4:header], dtype=">u4").astype(np.int64)
-    if len(content) != header + int(shape.prod()):
-        raise TaskError(f"{name}: {len(content)} bytes are not the {shape.tolist()} it promises")
+    shape = np.frombuffer(content[4:header], dtype=">u4").tolist()
+    if len(content) != header + math.prod(shape):
+        raise TaskError(f"{name}: {len(content)} bytes are not the {shape} it promises")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from gram_core.config import Config, NonNegativeInt, PositiveInt
+from gram_core.config import Config, PositiveInt, Seed
 from gram_core.tables import dataset_schema, tokens_array
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
 
@@ -44,7 +44,7 @@ class GraphColoringConfig(
     edge_probability: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     train: PositiveInt = 7002
     test: PositiveInt = 255
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.edge_probability is None and self.vertices not in EDGE_PROBABILITY:

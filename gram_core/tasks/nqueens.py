@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from gram_core.config import Config, Fraction, NonNegativeInt
+from gram_core.config import Config, Fraction, Seed
 from gram_core.tables import dataset_schema, tokens_array, tokens_numpy
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
 
@@ -32,7 +32,7 @@ class SplitConfig(Config, frozen=True, kw_only=True):
 
     by: Literal["input", "orbit"] = "input"
     test: Fraction = 0.15
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class NQueensConfig(Config, frozen=True, kw_only=True, tag="nqueens", tag_field="kind"):

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from gram_core.config import Config, NonNegativeInt, PositiveInt
+from gram_core.config import Config, NonNegativeInt, PositiveInt, Seed
 from gram_core.tables import dataset_schema, tokens_array
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
 from gram_core.tasks.sudoku_solver import BOXES, Geometry, dig, random_boards, solve
@@ -42,7 +42,7 @@ class Hub(Config, frozen=True, kw_only=True, tag="hub", tag_field="kind"):
     revision: str = "main"
     train: PositiveInt | None = 1000
     test: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def paths(self) -> dict[str, str]:
         """Where each part lies."""
@@ -58,7 +58,7 @@ class Files(Config, frozen=True, kw_only=True, tag="files", tag_field="kind"):
     test_path: str
     train: PositiveInt | None = None
     test: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def paths(self) -> dict[str, str]:
         """Where each part lies."""
@@ -74,7 +74,7 @@ class Generated(Config, frozen=True, kw_only=True, tag="generate", tag_field="ki
     test: PositiveInt = 200
     clues: NonNegativeInt = 0
     guesses: tuple[NonNegativeInt, NonNegativeInt] = (0, 1_000_000)
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.guesses[0] > self.guesses[1]:
@@ -175,9 +175,9 @@ def read_puzzles(path: Path, name: str, size: int, count: int | None, seed: int)
     """
     try:
         if ".parquet" in path.suffixes:
-            rows = pl.read_parquet(path)
+            rows = pl.read_parquet(path, glob=False)
         else:
-            rows = pl.read_csv(path, infer_schema=False)
+            rows = pl.read_csv(path, infer_schema=False, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TaskError(f"{name}: not a readable table ({reason[:120]})") from None

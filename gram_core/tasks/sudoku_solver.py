@@ -205,7 +205,7 @@ def _dig(board, cells, clues, unit_of, cells_of, order):  # type: ignore[no-unty
     scratch = np.zeros(len(board), dtype=np.uint8)
     left = len(board)
     for cell in cells:
-        if left == clues:
+        if left <= clues:
             break
         puzzle[cell] = 0
         if _search(puzzle, unit_of, cells_of, order, 2, scratch)[0] == 1:

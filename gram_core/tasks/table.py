@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from gram_core.config import Config, Fraction, NonNegativeInt, PositiveInt
+from gram_core.config import Config, Fraction, PositiveInt, Seed
 from gram_core.shape import Verifier
 from gram_core.tables import dataset_schema, tokens_array
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
@@ -43,17 +43,20 @@ class TableConfig(Config, frozen=True, kw_only=True, tag="table", tag_field="kin
     train: str
     test: str | None = None
     test_share: Fraction = 0.15
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     verifier: str | None = None
     complete: bool = False
     symbols: str | None = None
     columns: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        if self.symbols is not None and len(set(self.symbols)) != self.vocab - 1:
+        if self.symbols is not None and (
+            not len(self.symbols) == len(set(self.symbols)) == self.vocab - 1
+            or any(symbol.isspace() or symbol == "|" for symbol in self.symbols)
+        ):
             raise ValueError(
                 f"symbols: {self.symbols!r} should be {self.vocab - 1} different characters, one "
-                f"for each token 1..{self.vocab - 1}"
+                f"for each token 1..{self.vocab - 1}, none of them blank or |"
             )
         if self.verifier is not None and self.verifier.count(":") != 1:
             raise ValueError(f"verifier: {self.verifier!r} is not package.module:function")
@@ -87,7 +90,7 @@ class Table(Task):
     def _read(self, path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, uint8 [N, S]."""
         try:
-            rows = pl.read_parquet(path)
+            rows = pl.read_parquet(path, glob=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             reason = " ".join(str(error).split())[:120]
             raise TaskError(f"{name}: not a readable Parquet file ({reason})") from None
@@ -113,9 +116,10 @@ class Table(Task):
                 f"{name}: column {column!r} is missing; there are {', '.join(rows.columns)}"
             )
         series = rows[column]
-        if not isinstance(series.dtype, pl.List | pl.Array):
+        inner = getattr(series.dtype, "inner", None)
+        if inner is None or not (inner.is_integer() or inner == pl.Null):
             raise TaskError(
-                f"{name}: column {column!r} is {series.dtype}, expected lists of tokens"
+                f"{name}: column {column!r} is {series.dtype}, expected lists of whole numbers"
             )
         lists = series.cast(pl.List(pl.Int64), strict=False)
         lengths = lists.list.len().fill_null(0).to_numpy()
@@ -172,7 +176,12 @@ class Table(Task):
 
     def _apply(self, inputs: np.ndarray, answers: np.ndarray) -> np.ndarray:
         assert self._rule is not None, "only a task with a verifier asks it"
-        valid = np.asarray(self._rule(inputs, answers))
+        try:
+            valid = np.asarray(self._rule(inputs, answers))
+        except Exception as error:  # a user's code
+            raise TaskError(
+                f"verifier {self.config.verifier}: raised {type(error).__name__}: {error}"
+            ) from error
         if valid.shape != (len(inputs),) or valid.dtype != np.bool_:
             raise TaskError(
                 f"verifier {self.config.verifier}: gave {valid.dtype} {list(valid.shape)} for "
@@ -230,8 +239,9 @@ def _rule(path: str) -> Rule:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"verifier: {path!r} cannot be imported ({error})") from None
+    except Exception as error:  # a user's code
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"verifier: {path!r} cannot be imported ({reason})") from None
     if not callable(found):
         raise ValueError(f"verifier: {path!r} is not a function")
     rule: Rule = found

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 
-from gram_core.config import Config, ConfigError, Fraction, NonNegativeInt, PositiveInt
+from gram_core.config import Config, ConfigError, Decay, Fraction, NonNegativeInt, PositiveInt, Seed
 from gram_core.errors import GramError
 from gram_core.model.gram import ModelConfig
 from gram_core.noise import training_noise
@@ -42,9 +42,9 @@ class TrainConfig(Config, frozen=True, kw_only=True):
     prior_slots: Fraction = 0.125
     kl_from: Fraction = 0.0
     kl_warmup: NonNegativeInt = 0
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     optim: OptimConfig = OptimConfig()
-    ema: Fraction = 0.9999
+    ema: Decay = 0.9999
     ema_warmup: bool = True
     halting: bool = False
     exploration: Fraction = 0.1

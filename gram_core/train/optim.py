@@ -8,7 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gram_core.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from gram_core.config import (
+    Config,
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+)
 from gram_core.model.encoders import Identifiers
 from gram_core.model.gram import GRAM
 from gram_core.model.heads import HaltHead, ValueHead
@@ -25,9 +32,9 @@ class OptimConfig(Config, frozen=True, kw_only=True):
     name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     head_lr: PositiveFloat | None = None
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    momentum: Fraction = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    momentum: Decay = 0.95
     weight_decay: NonNegativeFloat = 1.0
     decay_all: bool = False
     clip: NonNegativeFloat = 1.0

@@ -155,8 +155,10 @@ def likelihood_rows(runs: Sequence[RunInputs]) -> list[Likelihood]:
 def _nats(run: RunInputs, key: str) -> str:
     if key not in run.metrics:
         return NONE
-    low, high = run.metric(f"{key}_low"), run.metric(f"{key}_high")
-    return f"{run.metric(key):.2f} ({low:.2f} – {high:.2f})"
+    value = f"{run.metric(key):.2f}"
+    if f"{key}_low" not in run.metrics:  # one input, no interval over inputs
+        return value
+    return f"{value} ({run.metric(f'{key}_low'):.2f} – {run.metric(f'{key}_high'):.2f})"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """The `gram` command, as a person meets it."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
-from workspace import make_data, params, write_params
+from workspace import child_environment, make_data, params, write_params
 
 from gram_core.errors import GramError
 from gram_core.tasks.nqueens import NQueens
@@ -161,3 +164,31 @@ def test_solve_samples_as_the_run_does(at: Path, capsys: pytest.CaptureFixture[s
         assert "sampling with the defaults" in capsys.readouterr().err
     finally:
         (at / "params.yaml").write_text(before)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"a": "b"}', '{"a": 1'])
+def test_info_of_damaged_metrics_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(trained / "models" / "tiny", folder)
+    (folder / "metrics.json").write_text(content)
+    assert main(["info", str(folder)]) == 1
+    assert capsys.readouterr().err.endswith("metrics.json: not a mapping of numbers; make it again "
+                                            "(dvc repro)\n")  # fmt: skip
+
+
+def test_the_command_finds_what_lies_beside_params_yaml(folder: Path, tmp_path: Path) -> None:
+    """The module that a table task's verifier names, as stages find it."""
+    task = {"kind": "table", "length": 2, "vocab": 3, "train": "x", "verifier": "own_rule:valid"}
+    write_params({"tasks": {"mine": task}, "runs": {"mine": {"task": "mine"}}})
+    Path("own_rule.py").write_text("def valid(inputs, answers):\n    return inputs[:, 0] > 0\n")
+    program = tmp_path / "elsewhere" / "gram"
+    program.parent.mkdir()
+    program.write_text("from pipelines.cli import program\n\nprogram()\n")
+    done = subprocess.run(
+        [sys.executable, str(program), "submission", "mine"],
+        env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: params.yaml: runs.mine: task 'mine' is not of kind arc\n"

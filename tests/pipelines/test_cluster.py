@@ -13,7 +13,7 @@ from nodes import can_hide, environment_at, two_nodes
 from s3 import S3Server
 from workspace import child_environment, make_data, params, write_params
 
-from pipelines.cluster import Board, cluster, worker_cores
+from pipelines.cluster import Board, carry_own_modules, cluster, worker_cores
 from pipelines.runtime import local
 
 pytestmark = pytest.mark.ray
@@ -193,3 +193,30 @@ def test_board_carries_messages_questions_and_errors() -> None:
         with pytest.raises(GramError, match="3 workers of 1 CPU cores do not fit on this machine"):
             worker_cores(3, 1)
     assert not [p for p in psutil.Process(os.getpid()).children() if "raylet" in p.name()]
+
+
+def test_modules_of_the_user_s_travel_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rule of a `table` task lies beside params.yaml, which no machine of a cluster sees."""
+    import importlib
+
+    import ray
+
+    (tmp_path / "own_rule.py").write_text("def valid(x):\n    return helper(x)\n\n\n"
+                                          "def helper(x):\n    return x + 1\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rule = importlib.import_module("own_rule")
+    carry_own_modules()
+    try:
+        content = ray.cloudpickle.dumps(rule.valid)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(rule)
+    code = "import sys, pickle; print(pickle.loads(sys.stdin.buffer.read())(41))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=content, cwd="/", capture_output=True, check=False
+    )
+    assert done.stdout == b"42\n", done.stderr.decode()[-500:]
+    # The project's own code goes another way, and libraries are there.
+    assert len(ray.cloudpickle.dumps(Board)) < 200

@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -32,6 +34,7 @@ from pipelines.dataset import held_out
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
 from pipelines.sample import sample_run
+from pipelines.storage import StorageConfig
 from pipelines.train import train_run
 
 TABLE = Path("results/tiny/trajectories.parquet")
@@ -195,6 +198,53 @@ def test_training_goes_on_after_a_killed_worker(data: Path, capfd: pytest.Captur
     assert "a worker died; all go on from the newest checkpoint (restart 1 of 3)" in said
     history = pl.read_csv("models/tiny/live/plots/metrics/reconstruction.tsv", separator="\t")
     assert history["step"].is_unique().all(), "no row is told twice"
+
+
+class Starts:
+    """Ray Train's trainer, of which a machine is taken away twice; then it is done."""
+
+    taken = 2
+    settings: ClassVar[list[Any]] = []
+
+    def __init__(self, worker: Any, **settings: Any) -> None:
+        self.settings.append(settings)
+
+    def fit(self) -> Any:
+        from ray.train import PreemptionError, PreemptionInfo
+
+        if len(self.settings) <= self.taken:
+            raise PreemptionError(PreemptionInfo(0, {}))
+        return SimpleNamespace(return_value="trained")
+
+
+@pytest.mark.parametrize(("restarts", "ends"), [(2, "trained"), (1, "a worker died, after 1")])
+def test_a_machine_that_is_taken_away_is_a_death_that_ray_leaves_to_us(
+    data: Path, monkeypatch: pytest.MonkeyPatch, restarts: int, ends: str
+) -> None:
+    """Ray Train by itself would start workers again with what was found before their first start,
+    as often as it happens, and what was saved since would give way."""
+    from pipelines import cluster, train, trainer
+
+    write_params(
+        params(runs__tiny__train__engine="deepspeed", runs__tiny__train__restarts=restarts)
+    )
+    monkeypatch.setattr(cluster, "cluster", nullcontext)
+    monkeypatch.setattr(cluster, "has_gpus", lambda: False)
+    monkeypatch.setattr(cluster, "worker_cores", lambda *_: 1)
+    monkeypatch.setattr(cluster, "Board", lambda: SimpleNamespace(listening=nullcontext))
+    monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr(trainer, "Trainer", Starts)
+    monkeypatch.setattr(Starts, "settings", [])
+    job, place = train.job_of(load_run("tiny"), ()), StorageConfig()
+    if ends == "trained":
+        assert train.train_on_ray(job, place, lambda row: None) == "trained"
+    else:
+        with pytest.raises(GramError, match=ends):
+            train.train_on_ray(job, place, lambda row: None)
+    assert len(Starts.settings) == restarts + 1
+    for settings in Starts.settings:
+        failures = settings["run_config"].failure_config
+        assert (failures.max_failures, failures.max_preemption_failures) == (0, 0)
 
 
 SURVIVOR = """

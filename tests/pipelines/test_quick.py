@@ -39,6 +39,8 @@ def test_every_task_has_its_numbers(workspace: Path) -> None:
     # One input: nothing to select an answer for, no interval over inputs.
     assert not any(name.startswith(("best_of", "any_valid", "majority")) for name in boards)
     assert "coverage@50_low" not in boards
+    assert {"steps", "bound"} <= set(boards) and not {"steps_low", "bound_low"} & set(boards)
+    assert "bound_low" in sudoku
     digits = numbers(workspace, "smoke_digits")
     assert {"classifier_score", "classifier_distance", "distinct@50", "bound"} <= set(digits)
     assert not any(name.startswith(("accuracy", "any_valid", "coverage")) for name in digits)

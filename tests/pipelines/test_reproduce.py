@@ -9,7 +9,8 @@ import pytest
 from checkout import PIPELINE, commit, copy_code, git
 from workspace import PARAMS, child_environment, write_params
 
-from pipelines.reproduce import Difference, compare, reproduce
+from gram_core.errors import GramError
+from pipelines.reproduce import Difference, _alone, compare, reproduce
 
 METRICS = Path("results/tiny/metrics.json")
 
@@ -77,8 +78,6 @@ def test_a_metric_that_was_never_reached_is_told(at: Path, capfd: pytest.Capture
 
 
 def test_other_revisions_and_runs_are_refused(at: Path) -> None:
-    from gram_core.errors import GramError
-
     with pytest.raises(GramError, match="nowhere: no such revision"):
         reproduce("nowhere", [])
     with pytest.raises(GramError, match="no metrics of nobody are recorded"):
@@ -86,6 +85,17 @@ def test_other_revisions_and_runs_are_refused(at: Path) -> None:
     with pytest.raises(GramError, match="HEAD~1: has no recorded metrics of any run"):
         reproduce("HEAD~1", [])
     assert not list(Path(".gram/reproduce").iterdir())
+
+
+def test_one_at_a_time(at: Path) -> None:
+    """Beside another it would take away the worktree that is in use."""
+    revision = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True)
+    with (
+        _alone(Path(".gram/locks") / f"reproduce-{revision[:12]}"),
+        pytest.raises(GramError, match="another gram reproduce of this revision is running"),
+    ):
+        reproduce("HEAD", [])
+    assert reproduce("HEAD", []) == 0
 
 
 def test_the_checkout_stays_as_it_was(at: Path) -> None:

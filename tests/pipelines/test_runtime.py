@@ -57,6 +57,29 @@ def test_whose_output_is_not_wanted_any_more_ends_in_silence(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (120, "")
 
 
+def test_nor_does_it_matter_where_it_was_when_nobody_read_on(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        ["head", "-c", "0"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as reader:
+        reader.wait()
+        done = run(tmp_path, "print('x' * 100_000)", stdout=reader.stdin)
+    assert (done.returncode, done.stderr) == (120, "")
+    with (tmp_path / "out").open("w") as file:
+        done = run(tmp_path, "raise BrokenPipeError(32, 'of something else')", stdout=file)
+    assert done.returncode == 1
+    assert "of something else" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["train RUN", "generate TASK", "sweep NAME"])
+def test_a_stage_without_its_argument_says_how_it_is_used(tmp_path: Path, stage: str) -> None:
+    name = stage.partition(" ")[0]
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{name}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"error: usage: python -m stages.{stage}\n")
+
+
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = run(tmp_path, "return", stdout=full)

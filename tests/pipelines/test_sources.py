@@ -84,6 +84,19 @@ def test_http_is_fetched_once_and_whole(server: str) -> None:
     assert [p.name for p in sources.CACHE.iterdir()] == [path.name]
 
 
+def test_a_long_query_is_no_part_of_the_cached_name(server: str) -> None:
+    path = fetch(f"{server}/plain/file.csv?page={'9' * 300}")
+    assert path.name.endswith("_file.csv")
+    with pytest.raises(SourceError, match="no such file there"):
+        fetch(f"{server}/{'n' * 400}.csv")
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x.csv", "n" * 400])
+def test_a_path_that_cannot_be_is_no_file(source: str) -> None:
+    with pytest.raises(SourceError, match=r"no such file$"):
+        fetch(source)
+
+
 def test_an_address_that_cannot_be_reached_is_named(server: str) -> None:
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:9/x\.csv: cannot be fetched"):
         fetch("http://127.0.0.1:9/x.csv")

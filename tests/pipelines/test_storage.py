@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -86,6 +87,8 @@ def test_local_paths_and_file_addresses_work_alike(tmp_path: Path) -> None:
         ("../outside", r"must not contain '\.\.'"),
         ("s3://", "not of the form s3://BUCKET/KEY"),
         ("s3://UPPER CASE/x", "not of the form s3://BUCKET/KEY"),
+        ("s3://bucket/exp[1]", r"must not contain any of \* \? \[ \]"),
+        ("s3://bucket/*", "which would name others too"),
     ],
 )
 def test_addresses_of_other_kinds_are_refused(address: str, words: str) -> None:
@@ -344,3 +347,60 @@ def test_a_store_that_refuses_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "names", refuse)
     with pytest.raises(CheckpointError, match="not read: s3://bucket/run: access refused"):
         ObjectStore("s3://bucket/run").newest()
+
+
+def test_a_section_that_is_an_address_is_not_repeated(folder: Path) -> None:
+    write_params({**PARAMS, "storage": "s3://KEY:HUSH@bucket/x"})
+    with pytest.raises(GramError, match=r"storage: expected a mapping of settings, got a str$"):
+        load_storage()
+
+
+def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "x")
+    at({"AWS_ENDPOINT_URL": "localhost:9000", **keys}, monkeypatch)
+    with pytest.raises(StorageError, match=r"^s3://bucket/x: Invalid endpoint: localhost:9000$"):
+        storage.read("s3://bucket/x")
+
+
+def test_what_this_machine_refuses_is_not_told_of_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StorageError, match=r"^here/x: Permission denied$"):
+        storage.read("here/x")
+
+
+def test_what_a_server_does_not_delete_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs does not look at the errors in the answer to a deletion of many."""
+
+    class Keeping:
+        def rm(self, address: str, *, recursive: bool) -> None:
+            return
+
+        def find(self, address: str) -> list[str]:
+            return [f"{address}/one"]
+
+    monkeypatch.setattr(storage, "filesystem", Keeping)
+    with pytest.raises(StorageError, match=r"^s3://bucket/x: access refused"):
+        storage.remove("s3://bucket/x")
+
+
+def test_a_bucket_of_which_a_prefix_alone_may_be_listed_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    class Prefix:
+        def ls(self, address: str, *, detail: bool) -> list[str]:
+            raise FileNotFoundError(address)
+
+        def call_s3(self, method: str, **settings: Any) -> None:
+            asked.append((method, settings["Bucket"], settings["Prefix"]))
+
+        def exists(self, address: str) -> bool:
+            return False  # as s3fs says where the bucket itself may not be asked for
+
+    monkeypatch.setattr(storage, "filesystem", Prefix)
+    assert storage.names("s3://bucket/mine/x") == []
+    assert asked == [("list_objects_v2", "bucket", "mine/x")]

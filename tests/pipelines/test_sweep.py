@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -27,7 +29,7 @@ from pipelines.cluster import cluster
 from pipelines.params import FILE, read_params
 from pipelines.promote import promotion
 from pipelines.space import load_sweep, run_with
-from pipelines.sweep import _optuna, sweep, trials_table
+from pipelines.sweep import _fits, _optuna, _place, _texts, sweep, trials_table
 
 TABLE = Path("results/sweeps/lr/trials.parquet")
 SPACE = {"train.optim.lr": {"loguniform": [1e-3, 1e-2]}, "objective.beta": {"choice": [0.5, 2.0]}}
@@ -320,6 +322,11 @@ def test_a_sweep_that_keeps_its_state_in_s3(folder: Path, tmp_path_factory: Any)
         ({"search": "optuna", "space": {"model.T": {"grid": [1]}}}, "takes no 'grid'"),
         ({"scheduler": "pbt", "space": {"model.T": {"choice": [1]}}}, "pbt can change only"),
         ({"scheduler": "pbt", "search": "optuna"}, "pbt searches by itself"),
+        (
+            {"scheduler": "pbt", "space": {"train.optim.name": {"choice": ["adamw", "muon"]}}},
+            r"pbt can change only .* \(but train.optim.name\)",
+        ),
+        ({"space": {"train.batch": {"uniform": [8, 96]}}}, "Expected `int`, got `float`"),
         ({"metric": "speed"}, "metric: expected one of reconstruction"),
         ({"storage": "ftp://x/y"}, "cannot use ftp://"),
         ({"trails": 3}, "did you mean 'trials'"),
@@ -374,3 +381,76 @@ def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
     committed = read_params()["runs"]["nqueens8_gram"]["train"]["optim"]["lr"]
     assert changed == [f"-        lr: {committed}", "+        lr: 0.5"]
     assert "every trial also had train.steps=600" in promotion("nqueens8")
+
+
+def test_a_place_that_holds_something_else_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(document(storage="../place", fixed={}))
+    with pytest.raises(ConfigError, match=r"must not contain '\.\.'"):
+        load_sweep("lr")
+    monkeypatch.setattr("pipelines.cluster.cluster", nullcontext)
+    monkeypatch.setattr("pipelines.cluster.has_gpus", lambda: False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    write_params(document(storage="place"))
+    make_data()
+    thesis = Path("place/lr/thesis.tex")
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(GramError, match=r"place/lr holds what is no sweep's \(thesis\.tex\)"):
+        sweep("lr")
+    assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"cpus": 3}, "sweeps.lr.cpus: a trial asks for 3, and this machine's Ray has 2"),
+        ({"gpus": 0.5}, "sweeps.lr.gpus: a trial asks for 0.5, and this machine's Ray has 0"),
+    ],
+)
+def test_a_trial_that_fits_nowhere_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: str
+) -> None:
+    """Tune would wait for ever."""
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    write_params(document(**settings))
+    config, _ = load_sweep("lr")
+    with pytest.raises(GramError, match=words):
+        _fits("lr", config, config.gpus or 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")  # which may grow, but has disks apart
+    with pytest.raises(GramError, match=r"sweeps\.lr\.storage: on a Ray cluster"):
+        _fits("lr", config, 0.0)
+    write_params(document(**settings, storage="s3://sweeps/here"))
+    _fits("lr", load_sweep("lr")[0], 9.0)
+
+
+def test_storage_is_the_same_place_for_tune_and_for_us(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    for given, wanted in (
+        (None, f"{folder}/.gram/sweeps/lr"),
+        ("shared/sweeps", f"{folder}/shared/sweeps/lr"),
+        ("~/sweeps", "/home/of/somebody/sweeps/lr"),
+        ("file:///mnt/x", "/mnt/x/lr"),
+        ("s3://sweeps/here", "s3://sweeps/here/lr"),
+    ):
+        write_params(document(storage=given))
+        assert _place("lr", load_sweep("lr")[0]) == wanted
+
+
+def test_reports_that_cannot_be_read_back_are_not_left_out(folder: Path) -> None:
+    """Tune leaves a file of reports that it cannot read out, in silence."""
+    unread = SimpleNamespace(
+        metrics_dataframe=pd.DataFrame(), metrics={"training_iteration": 4, "step": 4},
+        config={}, error=None, path="there/run/trial",
+    )  # fmt: skip
+    with pytest.raises(GramError, match="trial 0 cannot be read back from there/run/trial"):
+        trials_table("lr", [unread])
+
+
+def test_a_setting_that_was_null_for_a_time_is_null_in_the_table() -> None:
+    # A column of a data frame has NaN where other rows have numbers.
+    values = {"a": float("nan"), "b": np.float64("nan"), "c": np.int64(3), "d": "x", "e": None}
+    assert dict(_texts(values)) == {"a": "null", "b": "null", "c": "3", "d": '"x"', "e": "null"}

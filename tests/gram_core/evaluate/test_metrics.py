@@ -375,3 +375,10 @@ def test_the_ideal_is_what_uniform_draws_from_the_solutions_cover(rng):
 def test_settings_out_of_range_name_the_key(settings_, key):
     with pytest.raises(ConfigError, match=rf"^evaluate\.{key}"):
         load(EvaluateConfig, settings_, "evaluate")
+
+
+@pytest.mark.parametrize("widths", [[], [5, 5], [1, 5, 1]])
+def test_a_width_counts_once(widths: list[int]) -> None:
+    """Twice the same puzzles would make every interval too narrow."""
+    with pytest.raises(ConfigError, match="widths: expected one or more, each once"):
+        load(EvaluateConfig, {"widths": widths}, "evaluate")

@@ -1,5 +1,6 @@
 """ARC: the data, the canvas, variants and votes."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,9 @@ def test_a_submission_has_two_attempts_for_each_input() -> None:
         ({"train": [{"output": [[1]]}], "test": []}, "train pair 1: has no input"),
         ({"train": [{"input": [[0]] * 31, "output": [[1]]}], "test": []}, "31x1 cells"),
         ({"train": [{"input": [[10]], "output": [[1]]}], "test": []}, "10 is no colour"),
+        ({"train": [{"input": [[True]], "output": [[1]]}], "test": []}, "True is no colour"),
+        ({"train": 5, "test": []}, "expected an object with the lists"),
+        ({"train": [], "test": None}, "expected an object with the lists"),
         ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": []}, "not of one length"),
     ],
 )
@@ -169,9 +173,11 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
     train, evaluation = read_source(Folder(path=str(tmp_path)))
     assert [task.name for task in (*train, *evaluation)] == ["training", "evaluation"]
     assert evaluation[0].test[0][1] is None
-    (tmp_path / "evaluation" / "broken.json").write_text("{")
-    with pytest.raises(TaskError, match=r"broken\.json: not a JSON file"):
-        read_source(Folder(path=str(tmp_path)))
+    whole = gzip.compress(json.dumps(document).encode() * 50, mtime=0)
+    for content in (b"{", b"[" * 100_000, whole[:20] + bytes(20) + whole[40:], whole[:-9]):
+        (tmp_path / "evaluation" / "broken.json").write_bytes(content)
+        with pytest.raises(TaskError, match=r"broken\.json: not a JSON file"):
+            read_source(Folder(path=str(tmp_path)))
     with pytest.raises(TaskError, match="no task files"):
         read_source(Folder(path=str(tmp_path / "nowhere")))
 
@@ -283,6 +289,10 @@ def test_what_is_scored_may_not_be_trained_on(folder: Path) -> None:
     split = arc(folder, allow_overlap=True).generate(Path)
     assert split.metadata["scored_tasks_in_training"] == 1
     assert split.train["puzzle_id"].to_pylist().count("turn/train0") == 1
+    # Cut to the first task of each side none is on both: the scored one is trained on by itself.
+    few = arc(folder, allow_overlap=True, tasks=1).generate(Path)
+    assert few.metadata["scored_tasks_in_training"] == 0
+    assert set(few.test["group_id"].to_pylist()) <= set(few.train["group_id"].to_pylist())
 
 
 def test_arc_2_contains_arc_1s_scored_tasks() -> None:
@@ -296,7 +306,15 @@ def test_concept_tasks_are_added(folder: Path) -> None:
     path = folder / "concept.json"
     path.write_text(json.dumps({"Above1": TINY["training"]["flip"]}))
     split = arc(folder, concept=str(path)).generate(Path)
-    assert f"{path}: Above1" in split.train["group_id"].to_pylist()
+    # Its name is the task's alone: variants are drawn by it, and it is typed before a puzzle.
+    assert "Above1" in split.train["group_id"].to_pylist()
+    assert Arc(ArcConfig()).group("Above1: 01|10") == "Above1"
+    path.write_text(json.dumps({"flip": TINY["training"]["flip"]}))
+    with pytest.raises(TaskError, match=r"concept\.json: task 'flip' is one of the source's too"):
+        arc(folder, concept=str(path)).generate(Path)
+    path.write_text(json.dumps({"Above1": {"train": [], "test": []}}))
+    with pytest.raises(TaskError, match=r"concept\.json: Above1: has no train pair"):
+        arc(folder, concept=str(path)).generate(Path)
     path.write_text("[]")
     with pytest.raises(TaskError, match="expected an object of tasks"):
         arc(folder, concept=str(path)).generate(Path)

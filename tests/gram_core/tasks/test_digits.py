@@ -112,17 +112,31 @@ def test_the_mirror_is_asked_for_files_of_known_checksum(
     assert len(split.train) == len(split.test) == 30
 
 
+NOISE = gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (5, 6, 6))), mtime=0)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"\x1f\x8b" + b"x" * 40, "gzip"),
         (gzip.compress(idx(np.zeros((5, 6, 6))), mtime=0)[:-9], "gzip"),
+        (NOISE[:20] + bytes(40) + NOISE[60:], "gzip"),
+        (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 4), "promises"),
         (struct.pack(">BBBB3I", 0, 0, 9, 3, 1, 6, 6) + b"\0" * 36, "00000903"),
         (idx(np.zeros((5, 6, 6)))[:-1], r"promises"),
         (idx(np.zeros((5, 6, 6)))[:9], r"promises"),
         (b"", "starts with"),
     ],
-    ids=["not gzip", "cut gzip", "other magic", "a byte short", "cut header", "empty"],
+    ids=[
+        "not gzip",
+        "cut gzip",
+        "damaged gzip",
+        "2^64 bytes",
+        "other magic",
+        "a byte short",
+        "cut header",
+        "empty",
+    ],
 )
 def test_damaged_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad-images"

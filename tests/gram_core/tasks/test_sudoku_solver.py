@@ -120,3 +120,6 @@ def test_digging_stops_at_the_clues_asked_for() -> None:
     rng = np.random.default_rng(3)
     (board,) = random_boards(1, 9, rng)
     assert np.count_nonzero(dig(board, 9, 40, rng)) == 40
+    # More than there are cells: nothing is taken away.
+    for clues in (81, 82, 1000):
+        assert np.count_nonzero(dig(board, 9, clues, rng)) == 81

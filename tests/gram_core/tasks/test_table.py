@@ -38,6 +38,10 @@ def uncompiled(inputs, answers):
     return (inputs == answers + 1).all(1) & (not torch.compiler.is_compiling())
 
 
+def at_fault(inputs, answers):
+    return {}["x"]
+
+
 number = 3
 """
 
@@ -59,6 +63,7 @@ def squares() -> list[list[int]]:
 def latin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Latin squares of order 3 with all but the first row hidden (4 is a hidden cell)."""
     (tmp_path / "my_rules.py").write_text(RULE)
+    (tmp_path / "my_rules_at_fault.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_rules", raising=False)
     full = squares()
@@ -156,6 +161,12 @@ def test_parse_and_render(latin: dict[str, Any]) -> None:
     ("changes", "message"),
     [
         ({"symbols": "12"}, "symbols"),
+        ({"symbols": "1123"}, "4 different characters"),
+        ({"symbols": "11234"}, "4 different characters"),
+        ({"symbols": "12 3"}, "none of them blank"),
+        ({"symbols": "12|3"}, "none of them blank"),
+        ({"verifier": "my_rules_at_fault:latin"}, "cannot be imported \\(ZeroDivisionError"),
+        ({"verifier": ":latin"}, "verifier: ':latin' cannot be imported"),
         ({"verifier": "my_rules"}, "package.module:function"),
         ({"verifier": "my_rules:missing"}, "cannot be imported"),
         ({"verifier": "no_such_module:f"}, "cannot be imported"),
@@ -179,6 +190,12 @@ def test_settings_that_cannot_be(
         ({"inputs": [[4] * 9], "target": [[1] * 8 + [None]]}, "target of row 1 has token -1"),
         ({"inputs": [[4] * 9], "target": [[1] * 8 + [0]]}, "target of row 1 has token 0, padding"),
         ({"inputs": ["x"], "target": ["y"]}, "expected lists"),
+        ({"inputs": [[1.7] * 9], "target": [[1] * 9]}, "'inputs' is .*, expected lists of whole"),
+        ({"inputs": [[True] * 9], "target": [[1] * 9]}, "'inputs' is .*, expected lists of whole"),
+        (
+            {"inputs": [[[4] * 3] * 3], "target": [[1] * 9]},
+            "'inputs' is .*, expected lists of whole",
+        ),
         ({"inputs": [[4] * 9], "target": [[1] * 9]}, "target of row 1 is not valid"),
         ({"inputs": [], "target": []}, "no rows"),
     ],
@@ -200,6 +217,8 @@ def test_damage_empty_splits_and_odd_verifiers(latin: dict[str, Any], tmp_path: 
         task_of(latin, train=str(bad)).generate(here)
     with pytest.raises(TaskError, match="leaves one side empty"):
         task_of(latin, test_share=0.01).generate(here)
+    with pytest.raises(TaskError, match="verifier my_rules:at_fault: raised KeyError: 'x'"):
+        task_of(latin, verifier="my_rules:at_fault").generate(here)
     with pytest.raises(TaskError, match="expected bool"):
         task_of(latin, verifier="my_rules:wrong_shape").generate(here)
 

@@ -125,6 +125,8 @@ def test_a_loss_that_is_not_finite_stops_training(make_run):
         ({"prior_slots": 1.0}, "prior_slots 1 leaves no slot"),
         ({"prior_slots": 1.5}, "<= 1"),
         ({"steps": 0}, ">= 1"),
+        ({"ema": 1.0}, "< 1"),
+        ({"seed": 2**63}, "9223372036854775807"),
         ({"precision": "fp16"}, "fp16"),
     ],
 )

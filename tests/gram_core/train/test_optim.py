@@ -218,7 +218,10 @@ def test_a_run_shorter_than_its_warmup_only_warms_up():
     assert [learning_rate(config, s, 5) for s in (0, 4)] == [0.2, 1.0]
 
 
-@pytest.mark.parametrize(("key", "value"), [("lr", 0.0), ("beta1", 1.5), ("weight_decay", -1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lr", 0.0), ("beta1", 1.0), ("beta2", 1.0), ("momentum", 1.0), ("weight_decay", -1.0)],
+)
 def test_values_out_of_range_name_the_key(key, value):
     with pytest.raises(ConfigError, match=rf"^optim\.{key}: "):
         load(OptimConfig, {key: value}, "optim")

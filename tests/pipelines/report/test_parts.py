@@ -1,12 +1,14 @@
 """The parts of the report by themselves: choice of puzzles, boards, paper's rows, small words."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import polars as pl
 
 from gram_core.tasks.nqueens import QUEEN
 from pipelines.report import boards, paper
 from pipelines.report.gallery import choose
-from pipelines.report.results import Cell, duration
+from pipelines.report.results import Cell, duration, likelihood_rows
 
 
 def puzzles(counts: list[int]) -> pl.DataFrame:
@@ -112,6 +114,18 @@ def test_tasks_without_a_drawing_use_their_own_text() -> None:
     finally:
         boards.RENDERERS["nqueens"] = own
     assert "....\n....\n....\n...." in text
+
+
+def test_bounds_without_an_interval_stand_alone() -> None:
+    """Of a task with one input, over which there is no interval."""
+    whole = SimpleNamespace(
+        metrics={"bound": -3.14159, "bound_low": -4.0, "bound_high": -2.0}, metric=None
+    )
+    alone = SimpleNamespace(metrics={"bound": -3.14159}, metric=None)
+    for run in (whole, alone):
+        run.metric = run.metrics.__getitem__
+    (row,) = likelihood_rows([whole, alone, SimpleNamespace(metrics={})])
+    assert row.cells[:2] == ["-3.14 (-4.00 – -2.00)", "-3.14"]
 
 
 def test_paper_rows() -> None:
