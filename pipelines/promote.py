@@ -43,7 +43,7 @@ def promotion(name: str, path: Path = FILE) -> str:
     head = [
         f"# sweep {name}: {best.name}, best of {len(found.trials)} trials: {found.metric} "
         f"{best.value:.4g} at step {best.step}",
-        "# apply: gram sweep NAME --promote | git apply   (and the same in the profile that",
+        f"# apply: gram sweep {name} --promote | git apply   (and the same in the profile that",
         "# params.yaml is composed from, pipelines/conf/profile/)",
         *([f"# every trial also had {fixed}; the patch leaves that to you"] if fixed else []),
         "# try: dvc exp run " + " ".join(f"-S {override}" for override in overrides),

@@ -97,8 +97,9 @@ def scores(
     seed: int,
 ) -> dict[str, float]:
     """`classifier_score` (Inception Score) and `classifier_distance` (Frechet distance to the
-    training images) of generated images; `..._real` are the same of the test images, which no
-    generator can be expected to beat by much, and `classifier_accuracy` is on the test images."""
+    training images) of generated images; `..._real` are the same of the test images, and
+    `classifier_accuracy` is on the test images. A Frechet distance is larger for fewer images:
+    where G and M differ, the two distances are not on one scale."""
     model = train_classifier(*train, side, steps, seed)
     made, real, held_out = (look(model, part) for part in (generated, train[0], test[0]))
     right = held_out.probabilities.argmax(1) == test[1].numpy()
@@ -157,7 +158,7 @@ def inception_scores(
         import torch_fidelity
     except ImportError:
         raise ConfigError(
-            "evaluate.inception: needs the package torch-fidelity; pip install 'gram[images]'"
+            "evaluate.inception: needs the package torch-fidelity; pip install -e '.[images]'"
         ) from None
     if weights != DOWNLOAD and not Path(weights).is_file():
         raise ConfigError(f"evaluate.inception: {weights}: no such file; use a file or {DOWNLOAD}")

@@ -50,7 +50,9 @@ def training(frame: pl.DataFrame, runs: Sequence[str]) -> Figure:
     caption = (
         "Left the posterior, which sees the answer, right the prior, which is all there is at "
         "inference: training has worked where the right column follows the left one, and failed "
-        "through the private channel where only the left one is good."
+        "through the private channel where only the left one is good. Shares are of trajectories "
+        "that end, on both sides; so is the prior's cross-entropy, where the posterior's is over "
+        "all supervision steps, the poor first ones too."
     )
     return Figure(caption, panels, run_keys(runs, frame), "training.csv", columns=2)
 
