@@ -98,17 +98,31 @@ def _compiled(macros: str) -> ctypes.CDLL:
     library = Path(root) / "gram" / f"{key}.so"
     if library.exists():
         try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # of a crash, or of another system that shares the folder
-            library.unlink(missing_ok=True)
+            if _whole(library.read_bytes()):
+                return ctypes.CDLL(str(library))
+        except OSError:  # of another system that shares the folder
+            pass
+        library.unlink(missing_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all, however many processes compile at once; and kept if it can be loaded.
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
         new = Path(place) / library.name
         _gxx(*FLAGS, "-o", str(new), str(SOURCE))
         loaded = ctypes.CDLL(str(new))
+        with new.open("r+b") as file:
+            checksum = hashlib.sha256(file.read()).digest()
+            file.write(checksum)
+            file.flush()
+            os.fsync(file.fileno())
         new.replace(library)
     return loaded
+
+
+def _whole(content: bytes) -> bool:
+    """Whether a library ends with the checksum of what is before it, which no loader looks at. One
+    that is cut off, or has holes, of a crash or a full disk, would end the process that maps it."""
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 VECTOR = 16  # numbers: widths are multiples of it, with gradients of two

@@ -81,14 +81,20 @@ def test_a_library_that_is_none_is_told_in_one_line(fresh, compiler):
     assert kept(fresh) == []
 
 
-def test_a_damaged_library_is_compiled_anew(fusing, fresh):
+@pytest.mark.parametrize("damage", ["other", "cut", "holes"])
+def test_a_damaged_library_is_compiled_anew(fusing, fresh, damage):
+    """Mapped as it is, one that is cut off ends the process, and each that comes after it."""
     assert library.fuse()
     (built,) = kept(fresh)
-    built.unlink()  # not written over: this process has it mapped
-    built.write_text("no")
+    content = built.read_bytes()
+    half = len(content) // 2
+    bad = {"other": b"no", "cut": content[:half], "holes": content[:half] + bytes(half)}[damage]
+    built.unlink()  # not written over: this process may have it mapped
+    built.write_bytes(bad)
     library.process.library = None
     assert library.fuse()
-    assert built.stat().st_size > 1000
+    assert built.stat().st_size == len(content)
+    assert built.read_bytes() != bad
 
 
 def test_it_is_compiled_once_for_a_source(fusing, fresh, monkeypatch):
