@@ -1,5 +1,8 @@
 """How sampling is cut: every trajectory once, and small blocks at the end."""
 
+from dataclasses import replace
+
+import msgspec
 import numpy as np
 import pytest
 
@@ -67,5 +70,10 @@ def test_blocks_of_another_cut_are_not_found(monkeypatch: pytest.MonkeyPatch) ->
     job = Job("tiny", model, run.task, run.section("sample", SampleConfig), puzzles, known)
     before = job.key("weights")
     assert job.key("weights") == before
+    # Who does the work does not matter; what comes of it does.
+    spread = {"concurrency": 2, "max_concurrency": 4, "cores": 1, "num_gpus": 0.0, "compile": True}
+    for changes, found in ((spread, True), ({"seed": 1}, False), ({"halting": False}, False)):
+        other = replace(job, config=msgspec.structs.replace(job.config, **changes))
+        assert (other.key("weights") == before) is found
     monkeypatch.setattr(blocks, "BLOCKS", 2)
     assert job.key("weights") != before

@@ -1,13 +1,13 @@
 """Training spread over workers and ZeRO stages is the training of one process."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3 import free_port
 from workspace import REPOSITORY, child_environment
 
 from gram_core.train.loop import TrainConfig
@@ -27,7 +27,7 @@ def spread(
     """Run the cases on so many workers."""
     given, out = folder / f"cases{world}.json", folder / f"out{world}.json"
     given.write_text(json.dumps(cases))
-    port = 20000 + os.getpid() % 20000
+    port = free_port()
     workers = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(given), str(out)],

@@ -4,10 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from workspace import make_data, make_run, params, write_params
 
+from gram_core import tables
+from pipelines.dataset import examples, held_out, identifiers
 from pipelines.params import load_run
 from pipelines.quick import main, run_here
 from pipelines.submission import write_submission
@@ -112,3 +115,25 @@ def test_the_report_shows_every_task(workspace: Path) -> None:
 def test_an_unknown_profile_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nothing"]) == 1
     assert "no profile 'nothing'; there are: cpu, paper, smoke" in capsys.readouterr().err
+
+
+def test_no_variant_of_a_training_board_is_a_test_input(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline tells examples which inputs are held out, and which identifiers they have."""
+    monkeypatch.chdir(workspace)
+    sudoku = load_run("smoke_sudoku")
+    train = examples(sudoku.task_name, sudoku.task, "train")
+    test = tables.tokens_numpy(tables.read(Path("data/sudoku4/test.parquet"), "dataset")["inputs"])
+    assert train.variants > 1
+    assert train.held_out == {row.tobytes() for row in test}
+    arc = load_run("smoke_arc")
+    groups = identifiers(arc.task_name, arc.task)
+    train = examples(arc.task_name, arc.task, "train", groups)
+    number = 2 * len(train.inputs)  # the first row's second variant
+    assert train.take(np.array([number])).puzzle.item() == train.puzzle[0].item() + 2
+    puzzles, _ = held_out(arc.task_name, arc.task, groups)
+    for name, puzzle in zip(puzzles.ids, puzzles.puzzle.tolist(), strict=True):
+        group, _, variant = name.rsplit("/", 2)
+        assert puzzle == groups.index(group) * arc.task.variants + int(variant)
+    assert {name.rpartition("/")[2] for name in puzzles.ids} > {"0"}

@@ -38,6 +38,7 @@ entry(main)
         ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
         ("raise OSError(28, 'No space left on device', 'x')", 1,
          "error: x: No space left on device\n"),
+        ("raise OSError(21, 'Is a directory', 'x')", 1, "error: x: Is a directory\n"),
     ],
 )  # fmt: skip
 def test_a_program_ends_before_python_is_taken_down(
@@ -48,22 +49,18 @@ def test_a_program_ends_before_python_is_taken_down(
     assert done.stdout == "said, at exit\n"
 
 
-def test_whose_output_is_not_wanted_any_more_ends_in_silence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["return", "print('x' * 100_000)"])
+def test_whose_output_is_not_wanted_any_more_ends_in_silence(tmp_path: Path, what: str) -> None:
+    """At the end, or in the middle."""
     with subprocess.Popen(
         ["head", "-c", "0"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
     ) as reader:
         reader.wait()
-        done = run(tmp_path, "return", stdout=reader.stdin)
+        done = run(tmp_path, what, stdout=reader.stdin)
     assert (done.returncode, done.stderr) == (120, "")
 
 
-def test_nor_does_it_matter_where_it_was_when_nobody_read_on(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        ["head", "-c", "0"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as reader:
-        reader.wait()
-        done = run(tmp_path, "print('x' * 100_000)", stdout=reader.stdin)
-    assert (done.returncode, done.stderr) == (120, "")
+def test_another_pipe_than_the_output_is_no_reader_that_left(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as file:
         done = run(tmp_path, "raise BrokenPipeError(32, 'of something else')", stdout=file)
     assert done.returncode == 1

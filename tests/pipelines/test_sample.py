@@ -5,14 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
+import torch
 from ray.remote_function import RemoteFunction
 from workspace import contents, make_data, make_run, params, write_params
 
 from gram_core import tables
 from gram_core.errors import GramError
+from gram_core.model.store import load_model
+from gram_core.sample.trajectory import SampleConfig, rollout
 from gram_core.tasks.nqueens import NQueens
+from pipelines.dataset import held_out
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
 from pipelines.sample import _Bar, patience, sample_run
@@ -37,6 +42,38 @@ def test_table_has_every_puzzle_trajectory_and_depth(whole: Path) -> None:
     assert len(keys.unique()) == len(keys) == puzzles * 3 * 3
     assert frame["depth"].unique().sort().to_list() == [1, 2, 3]
     assert (frame["steps"] <= frame["depth"]).all()
+
+
+def test_the_table_says_what_the_rollout_did(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every column, at every depth; of every second puzzle the first answer is a known one."""
+    from pipelines import sample
+
+    write_params(params())
+    run = load_run("tiny")
+    config = run.section("sample", SampleConfig)
+    puzzles, _ = held_out(run.task_name, run.task, [])
+    model, _ = load_model(Path("models/tiny"))
+    result = rollout(model, puzzles, config)
+    known = {
+        name: {result.prediction[-1, i * 3].tobytes() if i % 2 else bytes(25)}
+        for i, name in enumerate(puzzles.ids)
+    }
+    monkeypatch.setattr(sample, "held_out", lambda *_: (puzzles, known))
+    frame = sampled().sort("puzzle_id", "trajectory", "depth")
+    rows = frame.to_dicts()
+    place = {name: i for i, name in enumerate(puzzles.ids)}
+    for row in rows:
+        i, k = place[row["puzzle_id"]], result.depths.index(row["depth"])
+        job = 3 * i + row["trajectory"]
+        answer = np.array(row["prediction"], np.uint8)
+        assert answer.tolist() == result.prediction[k, job].tolist()
+        assert (row["steps"], row["halted"]) == (result.steps[k, job], result.halted[k, job])
+        assert row["value"] == pytest.approx(result.value[k, job], abs=1e-5)
+        assert row["exact"] == (answer.tobytes() in known[row["puzzle_id"]])
+        valid = run.task.verify(puzzles.inputs[i][None], torch.from_numpy(answer)[None])
+        assert row["valid"] == bool(valid)
+    assert {row["exact"] for row in rows} == {True, False}
+    assert {row["steps"] for row in rows} == {1, 2, 3}
 
 
 def test_batch_and_compaction_do_not_show(whole: Path) -> None:

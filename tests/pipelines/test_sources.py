@@ -100,6 +100,8 @@ def test_a_path_that_cannot_be_is_no_file(source: str) -> None:
 def test_an_address_that_cannot_be_reached_is_named(server: str) -> None:
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:9/x\.csv: cannot be fetched"):
         fetch("http://127.0.0.1:9/x.csv")
+    with pytest.raises(SourceError, match="cannot be fetched \\(Port out of range"):
+        fetch("http://127.0.0.1:99999/x.csv")
     with pytest.raises(SourceError, match="cannot read ftp://"):
         fetch("ftp://somewhere/x.csv")
 

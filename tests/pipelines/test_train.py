@@ -22,9 +22,10 @@ from workspace import (
 )
 
 from gram_core.errors import GramError
+from pipelines.dataset import examples
 from pipelines.deepspeed_config import deepspeed_config
 from pipelines.params import load_run
-from pipelines.train import Job, train_run
+from pipelines.train import Job, build_module, fingerprint, train_run
 
 VOLATILE = {"train_seconds"}
 
@@ -191,3 +192,30 @@ def test_deepspeed_config_follows_the_settings(folder: Path) -> None:
     assert config["zero_optimization"] == {"stage": 2}
     assert config["torch_autocast"]["enabled"]
     assert not deepspeed_config(Job.of(load_run("tiny")).train, "fp32")["torch_autocast"]["enabled"]
+
+
+def test_a_seed_decides_the_first_weights(data: Path) -> None:
+    def first(seed: int) -> dict[str, object]:
+        write_params(params(runs__tiny__train__seed=seed))
+        state = build_module(Job.of(load_run("tiny")), "cpu").state_dict()
+        return {name: tensor.tolist() for name, tensor in state.items()}
+
+    one, other = first(0), first(1)
+    assert first(0) == one
+    assert one["model.z0_h"] != other["model.z0_h"]
+
+
+def test_who_does_the_work_is_no_part_of_what_a_checkpoint_is_of(data: Path) -> None:
+    """So a run that was cut off goes on with other workers, and not with other settings."""
+
+    def key(**train: object) -> str:
+        changes = {f"runs__tiny__train__{name}": value for name, value in train.items()}
+        write_params(params(**changes))
+        run = load_run("tiny")
+        return fingerprint(Job.of(run), examples(run.task_name, run.task, "train"))
+
+    one = key()
+    spread = {"workers": 2, "accumulate": 2, "zero_stage": 1, "cores": 1, "restarts": 0}
+    assert key(engine="deepspeed", prior_slots=0.5, **spread) == key(prior_slots=0.5) != one
+    for other in ({"seed": 1}, {"steps": 16}, {"ema": 0.8}, {"batch": 16}):
+        assert key(**other) != one

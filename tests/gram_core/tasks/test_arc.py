@@ -356,6 +356,20 @@ def test_scores_and_votes_over_variants_and_trajectories(folder: Path) -> None:
             check_submission(broken, {"turn": 2, "secret": 1})
 
 
+def test_a_second_guess_counts_from_pass_at_2_on(folder: Path) -> None:
+    task = arc(folder, augmentations=0)
+    test = task.augment(task.generate(Path).train, task.generate(Path).test).test
+    rows = []
+    for puzzle_id in test["puzzle_id"].to_pylist():
+        first = puzzle_id == "turn/0/0"
+        for trajectory, answer in enumerate(("43", "43", "34" if first else "43")):
+            rows.append((puzzle_id, trajectory, encode(grid(answer)).tolist(), 0.5))
+    columns = ["puzzle_id", "trajectory", "prediction", "value"]
+    scores = task.score(pl.DataFrame(rows, schema=columns, orient="row"), test)
+    # Of the two inputs of `turn` one is right, with a single vote of three.
+    assert [scores[f"pass@{k}"].tolist() for k in (1, 2, 5)] == [[0.0], [0.5], [0.5]]
+
+
 def test_answers_are_compared_as_grids() -> None:
     task = Arc(ArcConfig())
     tidy = encode(grid("12"))

@@ -9,6 +9,7 @@ from gram_core.noise import training_noise
 from gram_core.train.loop import (
     TrainConfig,
     TrainingError,
+    averaged,
     final_metrics,
     kl_share,
     means,
@@ -16,7 +17,7 @@ from gram_core.train.loop import (
     transitions,
 )
 from gram_core.train.objective import ObjectiveConfig, Terms
-from gram_core.train.optim import learning_rate
+from gram_core.train.optim import OptimConfig, learning_rate
 
 # Reconstruction, KL and halt loss of the first five iterations. They guard refactorings, which may
 # not change them. A deliberate change of the mathematics may, and then writes them anew.
@@ -56,17 +57,29 @@ def test_training_fits_a_few_boards(make_run):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-def test_an_iteration_is_one_supervision_step_and_one_optimiser_step(make_run):
+COSINE = {
+    "seed": 3,
+    "ema_warmup": False,
+    "optim": OptimConfig(lr=1e-2, warmup=1, schedule="cosine", clip=0.01),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, COSINE], ids=["defaults", "others"])
+def test_an_iteration_is_one_supervision_step_and_one_optimiser_step(make_run, settings):
     """Three iterations, with the parts called by hand in the order that the loop promises."""
-    run, hand = make_run(steps=3).go(), make_run(steps=3)
+    run, hand = make_run(steps=3, **settings).go(), make_run(steps=3, **settings)
+    seed = settings.get("seed", 0)
+    assert run.slots.seed == run.slots.order.seed == seed
+    assert run.engine.clip == hand.config.optim.clip
     model = hand.engine.model
     average = [p.detach().clone() for p in model.parameters()]
     for iteration in range(3):
         hand.slots.refill()
-        noise = training_noise(0, iteration, range(6), (2, 18, 16))
+        noise = training_noise(seed, iteration, range(6), (2, 18, 16))
         result = hand.engine.forward(hand.slots.batch(), noise)
         hand.engine.step(result.loss, learning_rate(hand.config.optim, iteration, 3))
-        decay = min(0.9, (1 + iteration) / (10 + iteration))
+        warm = (1 + iteration) / (10 + iteration) if hand.config.ema_warmup else 1.0
+        decay = min(0.9, warm)
         for a, p in zip(average, model.parameters(), strict=True):
             a.copy_(decay * a + (1 - decay) * p.detach())
         hand.slots.absorb([result])
@@ -74,8 +87,13 @@ def test_an_iteration_is_one_supervision_step_and_one_optimiser_step(make_run):
         run.engine.model.parameters(), hand.engine.model.parameters(), strict=True
     ):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(run.ema.average, average, strict=True):
+    # What is handed out is the average, and not the weights that training ended with.
+    given = averaged(run.engine, run.ema)
+    names = [name for name, _ in model.named_parameters()]
+    for name, ours, theirs in zip(names, run.ema.average, average, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert torch.equal(given[name], ours)
+    assert any(not torch.equal(given[name], p) for name, p in model.named_parameters())
 
 
 def test_a_logged_row_is_the_mean_of_the_iterations_since_the_last(make_run):
@@ -89,7 +107,19 @@ def test_a_logged_row_is_the_mean_of_the_iterations_since_the_last(make_run):
         assert row["lr"] == part[-1]["lr"]
 
 
-def test_the_carry_outlives_an_iteration_and_halting_can_end_it(make_run):
+def test_the_halt_head_ends_trajectories_where_the_settings_say_so(make_run):
+    def ended(**settings):
+        run = make_run(model_settings={"N_sup": 4}, halt_bias=50.0, steps=1, **settings).go()
+        return run.slots.ended.tolist()
+
+    # The first trajectories are cut short after 1, 2, 3, 4, 1 and 2 steps.
+    first = [True, False, False, False, True, False]
+    assert ended() == first
+    assert ended(halting=True, exploration=0.0) == [True] * 6
+    assert ended(halting=True, exploration=1.0) == first  # two steps at least, but for the limit
+
+
+def test_the_carry_outlives_an_iteration(make_run):
     run = make_run(steps=2)
     run.go()
     # After two iterations of N_sup = 2, the slots that were not cut short have ended.

@@ -175,3 +175,31 @@ def test_a_term_that_is_reduced_already_is_refused():
 def test_charging_transitions_that_follow_the_prior_is_a_contradiction():
     with pytest.raises(ConfigError, match=r"^params\.yaml: objective: kl: every .*use kl: last"):
         load(ObjectiveConfig, {"kl": "every"}, "params.yaml: objective")
+
+
+def test_a_share_of_beta_is_beta_times_the_share(make_model, make_batch, verify):
+    model = make_model(N_sup=3)
+    batch, noise = make_batch(model)
+    part = supervise(
+        model, ObjectiveConfig(beta=2.0), verify, replace(batch, kl_share=0.3), noise, 2
+    )
+    whole = supervise(model, ObjectiveConfig(beta=0.6), verify, batch, noise, 2)
+    none = supervise(model, ObjectiveConfig(beta=2.0), verify, batch, noise, 2)
+    torch.testing.assert_close(part.loss, whole.loss)
+    assert not torch.allclose(part.loss, none.loss)
+
+
+def test_where_there_is_no_rule_valid_means_exact(make_model, make_batch):
+    """What the answers are is set, so that some are exact and others are not."""
+    model = make_model(N_sup=3)
+    batch, noise = make_batch(model)
+    answers = supervise(model, ObjectiveConfig(), None, batch, noise, 4).state
+    with torch.no_grad():
+        given = model.decode(answers.h).argmax(-1).to(torch.uint8)
+    batch = replace(batch, target=torch.cat([given[:2], batch.target[2:]]))
+    unruled = supervise(model, ObjectiveConfig(), None, batch, noise, 4)
+    exact = ObjectiveConfig(halt_target="exact", value_target="exact")
+    ruled = supervise(model, exact, lambda inputs, answers: inputs[:, 0] > 99, batch, noise, 4)
+    torch.testing.assert_close(unruled.loss, ruled.loss)
+    terms = dict(zip(Terms.names, unruled.terms.tolist(), strict=True))
+    assert terms["prior_valid"] == terms["prior_exact"] == [1.0, 3.0]

@@ -238,3 +238,15 @@ def test_a_restored_state_goes_on_as_if_nothing_had_been(model, examples, haltin
         assert np.array_equal(slots.floor, copy.floor)
         for one in (slots, copy):
             one.absorb([step_of(one, [False, True, False, True], value=float(i))])
+
+
+def test_a_seed_decides_the_order_and_the_exploration(model, examples):
+    made = [
+        Slots(model, examples, 30, 5, seed, halting=True, exploration=1.0) for seed in (0, 0, 1)
+    ]
+    for slots in made:
+        slots.refill()
+    one, again, other = made
+    for name in ("row", "floor"):
+        assert getattr(one, name).tolist() == getattr(again, name).tolist()
+        assert getattr(one, name).tolist() != getattr(other, name).tolist()
