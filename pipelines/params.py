@@ -82,7 +82,7 @@ def read_params(path: Path = FILE) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(document, Mapping):
         raise ConfigError(
-            f"{path}: expected the sections 'tasks' and 'runs', got a {_kind(document)}"
+            f"{path}: expected the sections 'tasks' and 'runs', got a {type(document).__name__}"
         )
     for key in document:
         if key not in SECTIONS:
@@ -109,13 +109,9 @@ def load_storage(path: Path = FILE) -> StorageConfig:
     section = read_params(path).get("storage", {})
     if not isinstance(section, Mapping):  # which may hold a credential: it is not repeated
         raise ConfigError(
-            f"{path}: storage: expected a mapping of settings, got a {_kind(section)}"
+            f"{path}: storage: expected a mapping of settings, got a {type(section).__name__}"
         )
     return load(StorageConfig, section, f"{path}: storage")
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
 
 
 def load_run(name: str, path: Path = FILE) -> Run:

@@ -29,8 +29,11 @@ ALLOCATOR = {
 # active, every small operation there waits for a thread to wake (docs/performance.md).
 PATIENT = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
 UNREAD = 120  # as Python itself ends where its last words cannot be written
-# What writing to a disk fails by that a user can mend.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+# What writing to a disk fails by that a user can mend: a full one, and a place that is none.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EISDIR,
+    errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",

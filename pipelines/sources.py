@@ -84,7 +84,8 @@ def _from_remote(source: str) -> Path:
         partial.replace(path)
     except FileNotFoundError:
         raise SourceError(f"{source}: no such file there") from None
-    except (OSError, BotoCoreError, aiohttp.ClientError) as error:
+    # An address or an endpoint that cannot be one is a ValueError.
+    except (OSError, ValueError, BotoCoreError, aiohttp.ClientError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise SourceError(f"{source}: cannot be fetched ({reason})") from None
     finally:

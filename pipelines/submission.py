@@ -28,8 +28,5 @@ def write_submission(run: Run, path: Path) -> int:
         i.rpartition("/")[0] for i in test_table(run.task_name, run.task)["puzzle_id"].to_pylist()
     }
     check_submission(document, Counter(name.rpartition("/")[0] for name in inputs))
-    try:
-        write_atomic(path, (json.dumps(document) + "\n").encode())
-    except OSError as error:
-        raise GramError(f"{path}: not written: {error.strerror}") from None
+    write_atomic(path, (json.dumps(document) + "\n").encode())
     return len(document)
