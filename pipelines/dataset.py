@@ -22,7 +22,7 @@ from gram_core.errors import GramError
 from gram_core.files import write_atomic
 from gram_core.tables import TableError
 from gram_core.tasks.base import Split, Task
-from gram_core.tasks.batches import Examples, Puzzles
+from gram_core.tasks.batches import Examples, Puzzles, members
 from pipelines import storage
 from pipelines.params import DATA
 from pipelines.provenance import provenance
@@ -156,7 +156,7 @@ def examples(
         puzzle,
         variants=task.variants,
         vary=task.vary,
-        groups=table["group_id"].to_pylist(),
+        members=members(table["group_id"].to_pylist()),
         held_out=held_out,
         identified=task.identified,
     )

@@ -7,8 +7,8 @@ and the column right of the grid), colour c is c + 2.
 
 Variant v > 0 of a task is its image under one of the square's eight symmetries and a permutation of
 the colours 1 to 9 (0, the background, stays), a function of the task and v, with an identifier of
-its own; a training pair is also moved on the canvas. At test time every input is answered in
-several variants, the answers are mapped back and vote (`vote`).
+its own; all training pairs of a variant but one are also moved on the canvas. At test time every
+input is answered in several variants, the answers are mapped back and vote (`vote`).
 
 Shapes: S = 900 cells, row-major.
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 from gram_core.config import Config, NonNegativeInt, PositiveInt
 from gram_core.tables import dataset_schema, tokens_array, tokens_numpy
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
+from gram_core.tasks.batches import Member
 
 SIDE = 30
 EOS, FIRST_COLOUR, COLOURS = 1, 2, 10
@@ -352,18 +353,20 @@ class Arc(Task):
         return Split(train, _rows(rows, variants), {"test_rows": len(rows)})
 
     def vary(
-        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
+        self, row: Member, inputs: np.ndarray, target: np.ndarray, variant: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The pair under the task's change number `variant`, both grids moved by the same random
-        offset that keeps them on the canvas."""
-        made = change(group, variant)
+        offset that keeps them on the canvas; but one pair of each variant stays in the corner,
+        where all test inputs are (as in TRM)."""
+        made = change(row.group, variant)
         x, y = made(decode(inputs)), made(decode(target))
-        row = column = 0
-        if self.config.translate:
-            rng = _rng(f"{group}\0{variant}".encode() + inputs.tobytes())
+        top = left = 0
+        name = f"{row.group}\0{variant}".encode()
+        if self.config.translate and row.number != _rng(name + b"\0stays").integers(row.of):
+            rng = _rng(name + inputs.tobytes())
             free = SIDE - np.maximum(x.shape, y.shape)
-            row, column = (int(rng.integers(room + 1)) for room in free)
-        return encode(x, row, column), encode(y, row, column)
+            top, left = (int(rng.integers(room + 1)) for room in free)
+        return encode(x, top, left), encode(y, top, left)
 
     def verify(
         self, inputs: UInt8[Tensor, "B S"], answers: UInt8[Tensor, "B S"]

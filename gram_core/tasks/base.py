@@ -6,6 +6,8 @@ A task is one file beside this one with a config class (tagged by its `kind`) an
 Shapes: B a batch of puzzles, S tokens of an input and of an answer, N rows of a table.
 """
 
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
@@ -23,6 +25,7 @@ from torch import Tensor
 from gram_core.config import Config
 from gram_core.errors import GramError
 from gram_core.shape import TokenShape
+from gram_core.tasks.batches import Member
 
 Fetch = Callable[[str], Path]
 """A source as the user names it (a path, `s3://...`, `hf://...`) -> a file on this machine."""
@@ -30,6 +33,24 @@ Fetch = Callable[[str], Path]
 
 class TaskError(GramError):
     """A puzzle or a task setting that cannot be used; one line that says what would be right."""
+
+
+def memory() -> float:
+    """Bytes of this machine's memory; infinite where it does not say."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_rows(rows: int, length: int, setting: str) -> None:
+    """Raise `TaskError` where so many rows of two times `length` tokens, the least that a dataset
+    takes, are more than this machine's memory; `setting` is what would make them fewer."""
+    bytes_of_rows = 2.0 * rows * length
+    if bytes_of_rows > memory():
+        raise TaskError(
+            f"{rows:,} pairs need {bytes_of_rows / 1e9:,.0f} GB of memory and more, this machine "
+            f"has {memory() / 1e9:,.0f}; {setting}"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,10 +94,10 @@ class Task(ABC):
         return Split(train, test)
 
     def vary(
-        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
+        self, row: Member, inputs: np.ndarray, target: np.ndarray, variant: int
     ) -> tuple[Any, Any]:
-        """Variant number 1 or above of one training row of `group` (its `group_id`), two uint8
-        arrays [S]: streamed augmentation, a function of its arguments alone."""
+        """Variant number 1 or above of one training row, two uint8 arrays [S]: streamed
+        augmentation, a function of its arguments alone. The row's group is its `group_id`."""
         raise NotImplementedError("a task with more than one variant says what they are")
 
     @abstractmethod

@@ -4,16 +4,28 @@ The order is a function of (seed, position): a run that is stopped at a position
 with nothing else to remember, and N workers read disjoint rows of the same order.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-Vary = Callable[[str, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 RETRIES = 8
+
+
+class Member(NamedTuple):
+    """A training row's group, and which of the group's `of` rows it is, from 0."""
+
+    group: str
+    number: int = 0
+    of: int = 1
+
+
+Vary = Callable[[Member, np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -21,10 +33,10 @@ class Examples:
     """Training rows: N of them, S tokens each, and each row's learned puzzle identifier.
 
     With `variants` V there are V N examples: number v N + r is variant v of row r, the row itself
-    for v = 0. Variants are made by `vary` (`Task.vary`) from the rows' `groups` when they are read,
-    never stored. One whose input is in `held_out` gives way to another of the same row, and after
-    some tries to the row itself. Where variants are `identified`, variant v of a row has the row's
-    identifier plus v.
+    for v = 0. Variants are made by `vary` (`Task.vary`) from the rows' `members` when they are
+    read, never stored. One whose input is in `held_out` gives way to another of the same row, and
+    after some tries to the row itself. Where variants are `identified`, variant v of a row has the
+    row's identifier plus v.
     """
 
     inputs: UInt8[Tensor, "N S"]
@@ -32,7 +44,7 @@ class Examples:
     puzzle: Int[Tensor, " N"]
     variants: int = 1
     vary: Vary | None = None
-    groups: Sequence[str] = ()
+    members: Sequence[Member] = ()
     held_out: frozenset[bytes] = frozenset()
     identified: bool = False
 
@@ -57,10 +69,21 @@ class Examples:
         own = self.inputs[row].numpy(), self.target[row].numpy()
         for attempt in range(RETRIES):
             number = variant + attempt * self.variants
-            inputs, target = self.vary(self.groups[row], *own, number)
+            inputs, target = self.vary(self.members[row], *own, number)
             if inputs.tobytes() not in self.held_out:
                 return inputs, target
         return own
+
+
+def members(groups: Iterable[str]) -> list[Member]:
+    """The rows of these groups, one each, in their order."""
+    rows = list(groups)
+    of, seen = Counter(rows), Counter[str]()
+    found = []
+    for group in rows:
+        found.append(Member(group, seen[group], of[group]))
+        seen[group] += 1
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import re
 from typing import Annotated
 
 import msgspec
-import networkx as nx
 import numba
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from gram_core.config import Config, PositiveInt, Seed
 from gram_core.tables import dataset_schema, tokens_array
-from gram_core.tasks.base import Fetch, Split, Task, TaskError
+from gram_core.tasks.base import Fetch, Split, Task, TaskError, check_rows
 
 NO_EDGE, EDGE, FIRST_COLOUR = 1, 2, 3
 COLOURS = 3
@@ -87,8 +86,11 @@ def colouring_counts(graphs: np.ndarray, n: int, limit: int = 1 << 30) -> np.nda
 
 def colourings(graphs: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """All canonical proper colourings: each one's graph, int64 [M], and colours 0 to 2,
-    uint8 [M, n], graph by graph in lexicographic order."""
+    uint8 [M, n], graph by graph in lexicographic order. Raises `TaskError` where they are more than
+    this machine's memory."""
     counts = colouring_counts(graphs, n)
+    larger = "ask for fewer graphs, or a larger edge_probability"
+    check_rows(int(counts.sum()), n * (n - 1) // 2, larger)
     out = np.empty((int(counts.sum()), n), dtype=np.uint8)
     _colour_all(graphs, n, 1 << 30, out)
     return np.arange(len(graphs)).repeat(counts), out
@@ -151,6 +153,7 @@ def adjacency(graphs: np.ndarray, n: int) -> np.ndarray:
 def isomorphic_to_any(graphs: np.ndarray, others: np.ndarray, n: int) -> np.ndarray:
     """Which graphs are isomorphic to one of `others`, bool [N]. Candidates share the sorted
     numbers of walks of lengths 2 to n + 1 from each vertex; networkx decides among them."""
+    import networkx as nx  # half a second, which only whoever makes the tables shall wait for
 
     def walks(triangles: np.ndarray) -> list[bytes]:
         matrix = adjacency(triangles, n).astype(np.int64)

@@ -10,6 +10,7 @@ Shapes: N boards, n the board's size, S = n * n cells, row-major.
 """
 
 from itertools import combinations
+from math import comb
 from typing import Annotated, Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gram_core.config import Config, Fraction, Seed
 from gram_core.tables import dataset_schema, tokens_array, tokens_numpy
-from gram_core.tasks.base import Fetch, Split, Task, TaskError
+from gram_core.tasks.base import Fetch, Split, Task, TaskError, check_rows
 
 EMPTY, QUEEN = 1, 2
 DIGITS = "0123456789abcde"
@@ -75,8 +76,11 @@ def solutions(n: int) -> np.ndarray:
 
 
 def completions(n: int, remove: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair of a partial board and one of its completions, two int8 arrays [N, n]."""
+    """Every pair of a partial board and one of its completions, two int8 arrays [N, n]. Raises
+    `TaskError` where they are more than this machine's memory."""
     full = solutions(n)
+    pairs = len(full) * sum(comb(n, k) for k in remove)
+    check_rows(pairs, n * n, "ask for a smaller size, or remove other numbers of queens")
     partial = []
     for k in sorted(remove):
         for removed in combinations(range(n), k):

@@ -26,6 +26,7 @@ from torch import Tensor
 from gram_core.config import Config, NonNegativeInt, PositiveInt, Seed
 from gram_core.tables import dataset_schema, tokens_array
 from gram_core.tasks.base import Fetch, Split, Task, TaskError
+from gram_core.tasks.batches import Member
 from gram_core.tasks.sudoku_solver import BOXES, Geometry, dig, random_boards, solve
 
 BLANK = 1
@@ -320,10 +321,10 @@ class Sudoku(Task):
         )
 
     def vary(
-        self, group: str, inputs: np.ndarray, target: np.ndarray, variant: int
+        self, row: Member, inputs: np.ndarray, target: np.ndarray, variant: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The row under the symmetry that its puzzle (the group) and the variant's number draw."""
-        digest = blake2b(group.encode() + variant.to_bytes(8), digest_size=16).digest()
+        digest = blake2b(row.group.encode() + variant.to_bytes(8), digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
         symmetry = random_symmetry(self.config.size, rng)
         return symmetry(inputs - BLANK) + BLANK, symmetry(target - BLANK) + BLANK

@@ -30,6 +30,7 @@ from gram_core.tasks.arc import (
     vote,
 )
 from gram_core.tasks.base import TaskError
+from gram_core.tasks.batches import Member
 
 
 @st.composite
@@ -265,8 +266,8 @@ def test_demonstrations_are_trained_on_and_test_pairs_scored(folder: Path) -> No
 def test_a_streamed_variant_is_the_changed_pair_moved(
     variant: int, x: np.ndarray, y: np.ndarray
 ) -> None:
-    task = Arc(ArcConfig(augmentations=1000))
-    inputs, target = task.vary("a task", encode(x), encode(y), variant)
+    task, row = Arc(ArcConfig(augmentations=1000)), Member("a task", 0, 4)
+    inputs, target = task.vary(row, encode(x), encode(y), variant)
     made = change("a task", variant)
     places = []
     for canvas, grid in ((inputs, made(x)), (target, made(y))):
@@ -275,10 +276,29 @@ def test_a_streamed_variant_is_the_changed_pair_moved(
         assert np.array_equal(canvas, encode(grid, top, left))
         places.append((top, left))
     assert places[0] == places[1], "both grids move together"
-    again = task.vary("a task", encode(x), encode(y), variant)
+    again = task.vary(row, encode(x), encode(y), variant)
     assert np.array_equal(again[0], inputs) and np.array_equal(again[1], target)
     still = Arc(ArcConfig(augmentations=1000, translate=False))
-    assert np.array_equal(still.vary("a task", encode(x), encode(y), variant)[0], encode(made(x)))
+    assert np.array_equal(still.vary(row, encode(x), encode(y), variant)[0], encode(made(x)))
+
+
+def test_one_pair_of_a_variant_stays_where_test_inputs_are() -> None:
+    """As in TRM, and it is any of them, equally often."""
+    task, grid = Arc(ArcConfig(augmentations=1000)), np.ones((2, 3), np.uint8)
+    stayed = np.zeros(4, int)
+    for variant in range(1, 401):
+        made = encode(change("a task", variant)(grid))
+        pairs = [
+            task.vary(Member("a task", number, 4), encode(grid), encode(grid), variant)[0]
+            for number in range(4)
+        ]
+        corner = [np.array_equal(pair, made) for pair in pairs]
+        # Pairs that are alike are moved alike: into the corner once in some 800 times.
+        assert sum(corner) in (1, 4)
+        stayed += np.array(corner) if sum(corner) == 1 else 0
+    assert stayed.sum() > 390
+    # Five standard deviations of a binomial of 400 and 1/4.
+    assert (abs(stayed - 100) < 5 * (400 * 3 / 16) ** 0.5 + 10).all()
 
 
 def test_what_is_scored_may_not_be_trained_on(folder: Path) -> None:

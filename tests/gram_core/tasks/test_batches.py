@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gram_core.tasks.batches import Examples, Order
+from gram_core.tasks.batches import Examples, Member, Order, members
 
 
 def test_each_epoch_is_a_permutation_and_another_one():
@@ -37,17 +37,28 @@ def test_examples_have_a_length(examples):
     assert len(examples) == 28
 
 
-def shifted(group: str, inputs: np.ndarray, target: np.ndarray, variant: int) -> Any:
+def shifted(row: Member, inputs: np.ndarray, target: np.ndarray, variant: int) -> Any:
     """A stand-in for a task's variants: tokens plus the variant, and the group's length."""
-    return inputs + np.uint8(variant), target + np.uint8(len(group))
+    return inputs + np.uint8(variant), target + np.uint8(len(row.group))
 
 
 def streamed(**settings: Any) -> Examples:
     rows = torch.tensor([[10, 20], [30, 40], [50, 60]], dtype=torch.uint8)
     puzzle = torch.tensor([0, 4, 8], dtype=torch.int32)
     return Examples(
-        rows, rows, puzzle, variants=4, vary=shifted, groups=["a", "bb", "ccc"], **settings
+        rows,
+        rows,
+        puzzle,
+        variants=4,
+        vary=shifted,
+        members=members(["a", "bb", "ccc"]),
+        **settings,
     )
+
+
+def test_a_row_knows_its_place_among_those_of_its_group():
+    found = members(["a", "b", "a", "a", "b"])
+    assert found == [("a", 0, 3), ("b", 0, 2), ("a", 1, 3), ("a", 2, 3), ("b", 1, 2)]
 
 
 def test_variants_of_all_rows_are_numbered_row_by_row():

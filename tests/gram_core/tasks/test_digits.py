@@ -20,10 +20,6 @@ from gram_core.tasks.registry import make_task
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "mnist"
 
 
-def here(source: str) -> Path:
-    return Path(source)
-
-
 def task_of(**settings: Any) -> Digits:
     task = make_task({"kind": "digits", **settings}, "task")
     assert isinstance(task, Digits)
@@ -54,7 +50,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
 def test_pixels_above_half_are_white_and_the_last_images_are_held_out(
     files: dict[str, Any],
 ) -> None:
-    split = task_of(source=files["source"], side=6, patch=3).generate(here)
+    split = task_of(source=files["source"], side=6, patch=3).generate(Path)
     images, labels = files["images"], files["labels"]
     for part, rows in ((split.train, slice(0, 20)), (split.test, slice(20, 30))):
         target = tables.tokens_numpy(part["target"])
@@ -66,18 +62,18 @@ def test_pixels_above_half_are_white_and_the_last_images_are_held_out(
 
 
 def test_a_part_of_the_training_images_can_be_drawn(files: dict[str, Any]) -> None:
-    made = task_of(source=files["source"], side=6, train=7, seed=3).generate(here)
-    whole = task_of(source=files["source"], side=6).generate(here)
+    made = task_of(source=files["source"], side=6, train=7, seed=3).generate(Path)
+    whole = task_of(source=files["source"], side=6).generate(Path)
     rows = tables.tokens_numpy(whole.train["target"]).tolist()
     drawn = tables.tokens_numpy(made.train["target"]).tolist()
     assert len(drawn) == 7
     assert all(row in rows for row in drawn)
     with pytest.raises(TaskError, match="21 images asked for, there are 20"):
-        task_of(source=files["source"], side=6, train=21).generate(here)
+        task_of(source=files["source"], side=6, train=21).generate(Path)
 
 
 def test_the_small_digits_need_no_file() -> None:
-    split = task_of(source={"kind": "sklearn"}, side=8).generate(here)
+    split = task_of(source={"kind": "sklearn"}, side=8).generate(Path)
     assert (len(split.train), len(split.test)) == (1500, 297)
     target = tables.tokens_numpy(split.train["target"])
     assert set(np.unique(target)) == {1, 2}
@@ -159,7 +155,7 @@ def test_what_does_not_fit_is_refused(files: dict[str, Any], tmp_path: Path) -> 
         ({"source": {**source, "held_out": 30}, "side": 6}, "leaves none"),
     ):
         with pytest.raises(TaskError, match=message):
-            task_of(**settings).generate(here)
+            task_of(**settings).generate(Path)
     with pytest.raises(ConfigError, match="patch 4 does not divide"):
         task_of(side=6, patch=4)
 
@@ -179,7 +175,7 @@ def test_parse_render_and_verify() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the project's shared data files are not here")
 def test_the_real_training_files() -> None:
     source = {"kind": "mnist", "root": str(SHARED), "test_files": False}
-    split = task_of(source=source).generate(here)
+    split = task_of(source=source).generate(Path)
     assert (len(split.train), len(split.test)) == (50_000, 10_000)
     labels = [group.split("/")[0] for group in split.test["group_id"].to_pylist()]
     assert np.bincount(np.array(labels, int), minlength=10).min() > 800

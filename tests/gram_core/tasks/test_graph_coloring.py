@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gram_core import tables
+from gram_core.tasks import base
 from gram_core.tasks.base import TaskError
 from gram_core.tasks.graph_coloring import (
     GraphColoring,
@@ -76,6 +77,17 @@ def test_more_graphs_than_there_are_is_one_clear_error() -> None:
     with pytest.raises(TaskError, match="9 different"):
         random_graphs(9, 3, 0.5, np.random.default_rng(0))
     assert len(random_graphs(8, 3, 0.5, np.random.default_rng(0))) == 8
+
+
+def test_more_colourings_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four vertices without an edge are coloured in 14 ways, with one in 9: set partitions into at
+    most three, by hand."""
+    graphs = np.array([[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], np.uint8)
+    monkeypatch.setattr(base, "memory", lambda: 2.0 * (14 + 9) * 6)
+    assert len(colourings(graphs, 4)[0]) == 14 + 9
+    monkeypatch.setattr(base, "memory", lambda: 2.0 * (14 + 9) * 6 - 1)
+    with pytest.raises(TaskError, match=r"^23 pairs need .* fewer graphs"):
+        colourings(graphs, 4)
 
 
 def test_isomorphism_is_that_of_networkx() -> None:

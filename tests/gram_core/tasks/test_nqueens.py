@@ -3,6 +3,7 @@ from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from gram_core.config import ConfigError, load
 from gram_core.shape import TokenShape
 from gram_core.tables import tokens_numpy
+from gram_core.tasks import base
 from gram_core.tasks.base import TaskError
 from gram_core.tasks.nqueens import (
     EMPTY,
@@ -129,6 +131,21 @@ def test_completions_have_the_known_counts(n, remove, unique, total, most):
     _, counts = np.unique(partial, axis=0, return_counts=True)
     assert len(counts) == unique
     assert counts.max() == most
+
+
+def test_more_boards_than_memory_holds_are_refused(monkeypatch):
+    """Ten solutions of five queens, each of them without one, two ... four."""
+    pairs = 10 * (5 + 10 + 10 + 5)
+    remove = (1, 2, 3, 4)
+    monkeypatch.setattr(base, "memory", lambda: 2.0 * pairs * 25)
+    assert len(completions(5, remove)[0]) == pairs
+    monkeypatch.setattr(base, "memory", lambda: 2.0 * pairs * 25 - 1)
+    with pytest.raises(TaskError, match=r"^300 pairs need .* memory and more, .*smaller size"):
+        completions(5, remove)
+
+
+def test_the_memory_is_this_machine_s():
+    assert base.memory() == psutil.virtual_memory().total
 
 
 def test_every_completion_of_a_small_board_is_there_and_nothing_else():

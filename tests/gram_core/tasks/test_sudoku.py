@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gram_core import tables
 from gram_core.config import ConfigError
 from gram_core.tasks.base import TaskError
+from gram_core.tasks.batches import Member
 from gram_core.tasks.registry import make_task
 from gram_core.tasks.sudoku import Sudoku, Symmetry, board_id, invariant, random_symmetry
 from gram_core.tasks.sudoku_boards import SudokuBoards
@@ -22,10 +23,6 @@ from gram_core.tasks.sudoku_solver import dig, random_boards, solve
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 SIZES = st.sampled_from([4, 6, 9])
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def here(source: str) -> Path:
-    return Path(source)
 
 
 def sudoku(size: int, **source: Any) -> Sudoku:
@@ -107,11 +104,11 @@ def test_variants_are_functions_of_the_row_and_the_number() -> None:
     rng = np.random.default_rng(0)
     (board,) = random_boards(1, 6, rng)
     puzzle = dig(board, 6, 0, rng)
-    made = [task.vary("a", puzzle + 1, board + 1, variant) for variant in (1, 2, 3, 1)]
+    made = [task.vary(Member("a"), puzzle + 1, board + 1, variant) for variant in (1, 2, 3, 1)]
     assert (made[0][0] == made[3][0]).all()
     assert (made[0][1] == made[3][1]).all()
     assert len({inputs.tobytes() for inputs, _ in made}) == 3
-    assert (task.vary("b", puzzle + 1, board + 1, 1)[0] != made[0][0]).any()
+    assert (task.vary(Member("b"), puzzle + 1, board + 1, 1)[0] != made[0][0]).any()
     for inputs, target in made:
         assert task.verify(torch.from_numpy(inputs)[None], torch.from_numpy(target)[None]).all()
 
@@ -135,7 +132,7 @@ def test_verify_is_the_rules(size: int, seed: int, spoil: bool) -> None:
 
 
 def test_generated_puzzles_are_distinct_unique_and_split() -> None:
-    split = sudoku(4, kind="generate", train=40, test=10, seed=3).generate(here)
+    split = sudoku(4, kind="generate", train=40, test=10, seed=3).generate(Path)
     ids = split.train["puzzle_id"].to_pylist() + split.test["puzzle_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 50
     digits = tables.tokens_numpy(split.train["inputs"]) - 1
@@ -153,16 +150,16 @@ def test_generated_puzzles_are_distinct_unique_and_split() -> None:
         for puzzle in tables.tokens_numpy(split.test["inputs"]) - 1
     ]
     assert split.metadata["test_inputs_with_twin_in_train"] == sum(twins)
-    again = sudoku(4, kind="generate", train=40, test=10, seed=3).generate(here)
+    again = sudoku(4, kind="generate", train=40, test=10, seed=3).generate(Path)
     assert again.train.equals(split.train)
 
 
 def test_difficulty_is_the_number_of_guesses() -> None:
-    split = sudoku(9, kind="generate", train=3, test=2, guesses=[5, 400]).generate(here)
+    split = sudoku(9, kind="generate", train=3, test=2, guesses=[5, 400]).generate(Path)
     guesses = solve(tables.tokens_numpy(split.train["inputs"]) - 1, 9).guesses
     assert ((guesses >= 5) & (guesses <= 400)).all()
     with pytest.raises(TaskError, match="ask for fewer, or widen"):
-        sudoku(4, kind="generate", train=1, test=1, guesses=[50, 60]).generate(here)
+        sudoku(4, kind="generate", train=1, test=1, guesses=[50, 60]).generate(Path)
 
 
 def write(path: Path, rows: dict[str, list[str]]) -> str:
@@ -198,15 +195,15 @@ def test_files_are_read_and_drawn_from(
     train, test = (
         write(tmp_path / f"{name}.{suffix}", rows) for name, rows in (("a", parts), ("b", rest))
     )
-    whole = sudoku(9, kind="files", train_path=train, test_path=test).generate(here)
+    whole = sudoku(9, kind="files", train_path=train, test_path=test).generate(Path)
     assert whole.train["puzzle_id"].to_pylist() == parts["question"]
     assert whole.test["puzzle_id"].to_pylist() == rest["question"]
     some = sudoku(9, kind="files", train_path=train, test_path=test, train=3, seed=1)
-    drawn = some.generate(here).train["puzzle_id"].to_pylist()
+    drawn = some.generate(Path).train["puzzle_id"].to_pylist()
     assert len(drawn) == 3
     assert set(drawn) < set(parts["question"])
     with pytest.raises(TaskError, match="5 puzzles asked for, the table has 4"):
-        sudoku(9, kind="files", train_path=train, test_path=test, train=5).generate(here)
+        sudoku(9, kind="files", train_path=train, test_path=test, train=5).generate(Path)
 
 
 def spoilt(rows: dict[str, list[str]], column: str, row: int, text: str) -> dict[str, list[str]]:
@@ -237,7 +234,7 @@ def test_what_is_wrong_is_named_with_its_row(puzzles: dict[str, list[str]], tmp_
         wrong = write(tmp_path / f"wrong{number}.csv", rows)
         task = sudoku(9, kind="files", train_path=wrong, test_path=fine)
         with pytest.raises(TaskError, match=message) as error:
-            task.generate(here)
+            task.generate(Path)
         assert f"wrong{number}.csv" in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -253,7 +250,7 @@ def test_damaged_files_are_named(puzzles: dict[str, list[str]], tmp_path: Path) 
     for path in (cut, noise, empty):
         task = sudoku(9, kind="files", train_path=str(path), test_path=fine)
         with pytest.raises(TaskError, match=path.name):
-            task.generate(here)
+            task.generate(Path)
 
 
 def test_a_test_puzzle_may_not_be_a_training_puzzle(
@@ -261,7 +258,7 @@ def test_a_test_puzzle_may_not_be_a_training_puzzle(
 ) -> None:
     path = write(tmp_path / "all.csv", puzzles)
     with pytest.raises(TaskError, match="test puzzle 1 is a training puzzle too"):
-        sudoku(9, kind="files", train_path=path, test_path=path).generate(here)
+        sudoku(9, kind="files", train_path=path, test_path=path).generate(Path)
 
 
 def test_settings_that_cannot_be() -> None:
@@ -331,7 +328,7 @@ def boards_task(size: int, **source: Any) -> SudokuBoards:
 
 def test_unconditional_rows_are_complete_boards_behind_one_empty_input() -> None:
     task = boards_task(4, kind="generate", train=100, test=30)
-    split = task.generate(here)
+    split = task.generate(Path)
     assert not task.conditional
     train, test = (tables.tokens_numpy(part["target"]) for part in (split.train, split.test))
     assert len(np.unique(np.concatenate([train, test]), axis=0)) == 130
@@ -342,7 +339,7 @@ def test_unconditional_rows_are_complete_boards_behind_one_empty_input() -> None
     both = torch.from_numpy(np.concatenate([train, test]))
     assert task.verify(torch.ones_like(both), both).all()
     with pytest.raises(TaskError, match="there are 288"):
-        boards_task(4, kind="generate", train=280, test=9).generate(here)
+        boards_task(4, kind="generate", train=280, test=9).generate(Path)
 
 
 def test_unconditional_rows_come_from_the_answers_of_files(
@@ -350,12 +347,12 @@ def test_unconditional_rows_come_from_the_answers_of_files(
 ) -> None:
     train = write(tmp_path / "a.csv", {n: rows[:5] for n, rows in puzzles.items()})
     test = write(tmp_path / "b.csv", {n: rows[5:] for n, rows in puzzles.items()})
-    split = boards_task(9, kind="files", train_path=train, test_path=test).generate(here)
+    split = boards_task(9, kind="files", train_path=train, test_path=test).generate(Path)
     assert sorted(split.train["group_id"].to_pylist()) == sorted(puzzles["answer"][:5])
     assert split.test["group_id"].to_pylist() == puzzles["answer"][5:]
     assert set(split.train["solution_count"].to_pylist()) == {0}
     with pytest.raises(TaskError, match="every test board is a training board"):
-        boards_task(9, kind="files", train_path=train, test_path=train).generate(here)
+        boards_task(9, kind="files", train_path=train, test_path=train).generate(Path)
 
 
 def test_unconditional_boards_parse_only_the_empty_board() -> None:

@@ -46,10 +46,6 @@ number = 3
 """
 
 
-def here(source: str) -> Path:
-    return Path(source)
-
-
 def squares() -> list[list[int]]:
     rows = list(permutations((1, 2, 3)))
     out = []
@@ -91,27 +87,27 @@ def task_of(settings: dict[str, Any], **changes: Any) -> Table:
 
 
 def test_inputs_are_held_out_whole(latin: dict[str, Any]) -> None:
-    split = task_of(latin).generate(here)
+    split = task_of(latin).generate(Path)
     assert (len(split.train), len(split.test)) == (8, 4)
     train, test = (set(part["puzzle_id"].to_pylist()) for part in (split.train, split.test))
     assert len(train) == 4
     assert len(test) == 2
     assert not train & test
     assert set(split.test["solution_count"].to_pylist()) == {2}
-    again = task_of(latin).generate(here)
+    again = task_of(latin).generate(Path)
     assert again.test.equals(split.test)
-    other = task_of(latin, seed=1).generate(here)
+    other = task_of(latin, seed=1).generate(Path)
     assert not other.test.equals(split.test)
 
 
 def test_counts_are_unknown_unless_the_files_are_complete(latin: dict[str, Any]) -> None:
-    split = task_of(latin, complete=False).generate(here)
+    split = task_of(latin, complete=False).generate(Path)
     assert set(split.test["solution_count"].to_pylist()) == {0}
 
 
 def test_the_verifier_decides(latin: dict[str, Any]) -> None:
     task = task_of(latin)
-    test = task.generate(here).test
+    test = task.generate(Path).test
     inputs, target = (
         torch.from_numpy(tables.tokens_numpy(test[c]).copy()) for c in ("inputs", "target")
     )
@@ -137,10 +133,10 @@ def test_a_test_file_stands_by_itself(latin: dict[str, Any], tmp_path: Path) -> 
     pl.DataFrame({"inputs": [[4] * 3 + s[3:] for s in full[:2]], "target": full[:2]}).write_parquet(
         other
     )
-    split = task_of(latin, test=str(other)).generate(here)
+    split = task_of(latin, test=str(other)).generate(Path)
     assert (len(split.train), len(split.test)) == (12, 2)
     with pytest.raises(TaskError, match="row 1 is a training input too"):
-        task_of(latin, test=latin["train"]).generate(here)
+        task_of(latin, test=latin["train"]).generate(Path)
 
 
 def test_parse_and_render(latin: dict[str, Any]) -> None:
@@ -206,7 +202,7 @@ def test_files_that_do_not_fit_are_named(
     path = tmp_path / "odd.parquet"
     pl.DataFrame(rows).write_parquet(path)
     with pytest.raises(TaskError, match=message) as error:
-        task_of(latin, train=str(path)).generate(here)
+        task_of(latin, train=str(path)).generate(Path)
     assert "odd.parquet" in str(error.value)
 
 
@@ -214,13 +210,13 @@ def test_damage_empty_splits_and_odd_verifiers(latin: dict[str, Any], tmp_path: 
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(b"not parquet")
     with pytest.raises(TaskError, match="not a readable Parquet"):
-        task_of(latin, train=str(bad)).generate(here)
+        task_of(latin, train=str(bad)).generate(Path)
     with pytest.raises(TaskError, match="leaves one side empty"):
-        task_of(latin, test_share=0.01).generate(here)
+        task_of(latin, test_share=0.01).generate(Path)
     with pytest.raises(TaskError, match="verifier my_rules:at_fault: raised KeyError: 'x'"):
-        task_of(latin, verifier="my_rules:at_fault").generate(here)
+        task_of(latin, verifier="my_rules:at_fault").generate(Path)
     with pytest.raises(TaskError, match="expected bool"):
-        task_of(latin, verifier="my_rules:wrong_shape").generate(here)
+        task_of(latin, verifier="my_rules:wrong_shape").generate(Path)
 
 
 def test_an_answer_may_be_checked_on_tensors_of_any_row_count(latin: dict[str, Any]) -> None:
