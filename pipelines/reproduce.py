@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gram_core.errors import GramError
-from pipelines.params import WORK
+from pipelines.params import FILE, WORK, read_params
 from pipelines.provenance import PACKAGES
 from pipelines.runtime import say
 
@@ -126,8 +126,13 @@ def compare(recorded: dict[Path, dict[str, float]], tree: Path) -> Iterator[Diff
 
 def _metrics(tree: Path, runs: Sequence[str]) -> list[Path]:
     """What was recorded: what evaluation says of each run. (Training's own numbers are those of a
-    few last batches, and have no interval.)"""
-    paths = sorted(path.relative_to(tree) for path in tree.glob("results/*/metrics.json"))
+    few last batches, and have no interval.) What is no run any more nothing would make anew."""
+    there = sorted(path.relative_to(tree) for path in tree.glob("results/*/metrics.json"))
+    known = read_params(tree / FILE)["runs"]
+    paths = [path for path in there if path.parent.name in known]
+    left = [path.parent.name for path in there if path not in paths]
+    if left:
+        say(f"note: no run of {FILE}, so not compared: {', '.join(left)}")
     unknown = set(runs) - {path.parent.name for path in paths}
     if unknown:
         raise GramError(f"no metrics of {', '.join(sorted(unknown))} are recorded there")

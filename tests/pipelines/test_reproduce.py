@@ -10,7 +10,7 @@ from checkout import PIPELINE, commit, copy_code, git
 from workspace import PARAMS, child_environment, write_params
 
 from gram_core.errors import GramError
-from pipelines.reproduce import Difference, _alone, compare, reproduce
+from pipelines.reproduce import Difference, _alone, _metrics, compare, reproduce
 
 METRICS = Path("results/tiny/metrics.json")
 
@@ -42,6 +42,11 @@ def at(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return built
 
 
+def compared() -> int:
+    """How many of the run's metrics are held against the recorded ones."""
+    return sum(not name.endswith(("_low", "_high")) for name in json.loads(METRICS.read_text()))
+
+
 def test_what_the_cache_has_is_not_run_again(at: Path, capfd: pytest.CaptureFixture) -> None:
     assert reproduce("HEAD", []) == 0
     out = capfd.readouterr().out
@@ -55,7 +60,7 @@ def test_forced_it_is_built_anew_and_agrees(at: Path, capfd: pytest.CaptureFixtu
     assert reproduce("HEAD", ["tiny"], force=True) == 0
     captured = capfd.readouterr()
     assert "evaluate@tiny" in captured.out
-    total = len([n for n in json.loads(METRICS.read_text()) if not n.endswith(("_low", "_high"))])
+    total = compared()
     assert f"{total} metrics compared: {total} equal" in captured.out
     ran = captured.out.count("Running stage")
     assert ran and f"; {ran} stages were run" in captured.out
@@ -75,6 +80,26 @@ def test_a_metric_that_was_never_reached_is_told(at: Path, capfd: pytest.Capture
     finally:
         git(at, "reset", "-q", "--hard", "HEAD~1")
         METRICS.write_text(text)
+
+
+def test_results_of_no_run_are_not_compared_with_themselves(
+    at: Path, capfd: pytest.CaptureFixture
+) -> None:
+    former = Path("results/former/metrics.json")
+    former.parent.mkdir()
+    former.write_text('{"accuracy": 1.0}\n')
+    git(at, "add", "--force", str(former))
+    commit(at, "a run that was")
+    try:
+        assert reproduce("HEAD", []) == 0
+        captured = capfd.readouterr()
+        assert "note: no run of params.yaml, so not compared: former" in captured.err
+        total = compared()
+        assert f"{total} metrics compared: {total} equal" in captured.out
+        with pytest.raises(GramError, match="no metrics of former are recorded"):
+            _metrics(Path(), ["former"])
+    finally:
+        git(at, "reset", "-q", "--hard", "HEAD~1")
 
 
 def test_other_revisions_and_runs_are_refused(at: Path) -> None:
