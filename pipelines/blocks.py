@@ -6,10 +6,12 @@ nothing is drawn twice, and a damaged block is never taken.
 """
 
 import hashlib
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ BATCHES, BLOCKS = 16, 16
 # Towards the end of a run of large blocks they get smaller, so that no worker is long at its last
 # one when the others have none left: a quarter of what is left, but at least some full batches.
 LEFT, LEAST = 4, 4
+COMPUTER = b"gram.computer"
 NAME = re.compile(r"block-(\d{6})-([0-9a-f]{16})\.parquet")
 
 
@@ -73,8 +76,9 @@ def _pieces(total: int, later: int, least: int, most: int) -> Iterator[tuple[int
         start = stop
 
 
-def packed(number: int, table: pa.Table) -> tuple[str, bytes]:
-    """The name and content of a finished block."""
+def packed(number: int, table: pa.Table, computer: Mapping[str, Any]) -> tuple[str, bytes]:
+    """The name and content of a finished block, and in it what it was computed on."""
+    table = table.replace_schema_metadata({COMPUTER: json.dumps(computer)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content: bytes = sink.getvalue().to_pybytes()
@@ -106,8 +110,19 @@ class BlockStore:
         self.names[number] = name
         return number
 
+    def computers(self, blocks: list[Block]) -> Iterator[dict[str, Any]]:
+        """What each block was computed on. Raises `StorageError` as `tables` does."""
+        for content in self._contents(blocks):
+            metadata = pq.read_schema(pa.BufferReader(content)).metadata or {}
+            if COMPUTER in metadata:  # an older program's say nothing
+                yield json.loads(metadata[COMPUTER])
+
     def tables(self, blocks: list[Block]) -> Iterator[pa.Table]:
         """The blocks' rows in order. Raises `StorageError` where one is missing or damaged."""
+        for content in self._contents(blocks):
+            yield pq.read_table(pa.BufferReader(content))
+
+    def _contents(self, blocks: list[Block]) -> Iterator[bytes]:
         for block in blocks:
             address = storage.join(self.folder, self.names[block.number])
             content = storage.read(address)
@@ -116,7 +131,7 @@ class BlockStore:
                 raise StorageError(
                     f"{address}: does not match its checksum; it was removed, run the stage again"
                 )
-            yield pq.read_table(pa.BufferReader(content))
+            yield content
 
     def clear(self) -> None:
         """Remove this run's blocks; on this machine those of other settings too, which elsewhere

@@ -9,15 +9,17 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gram_core.errors import GramError
+from pipelines.alone import few_processes
 from pipelines.runtime import cluster_address, environment, local, threads
 
 OURS = ("__main__", "gram_core", "pipelines", "stages", "tests", "benchmarks")
@@ -43,13 +45,14 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     for name in quiet:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": environment(), **(_code() if address else {})},
-            **alone,
-        )
+        with nullcontext() if address else few_processes():
+            ray.init(
+                address=address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env={"env_vars": environment(), **(_code() if address else {})},
+                **alone,
+            )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         raise GramError(f"cannot start {where}: {str(error).splitlines()[0]}") from None
@@ -115,26 +118,27 @@ def _reach(address: str) -> None:
 
 
 class _Desk:
-    """Messages of the workers in the order they came, and the driver's answers."""
+    """Messages of the workers in the order they came, and the driver's answers. It reads neither:
+    to know what they are made of, its process would import torch while a worker waits."""
 
     def __init__(self) -> None:
-        self.messages: list[tuple[int, Any]] = []
+        self.messages: list[tuple[int, bytes]] = []
         self.arrived = asyncio.Event()
         self.numbers = itertools.count()
-        self.waiting: dict[int, asyncio.Future[Any]] = {}
+        self.waiting: dict[int, asyncio.Future[bytes]] = {}
 
-    async def put(self, message: Any) -> None:
+    async def put(self, message: bytes) -> None:
         self.messages.append((-1, message))
         self.arrived.set()
 
-    async def ask(self, message: Any) -> Any:
+    async def ask(self, message: bytes) -> bytes:
         number = next(self.numbers)
         answer = self.waiting[number] = asyncio.get_running_loop().create_future()
         self.messages.append((number, message))
         self.arrived.set()
         return await answer
 
-    async def take(self, wait: bool) -> list[tuple[int, Any]]:
+    async def take(self, wait: bool) -> list[tuple[int, bytes]]:
         if wait:
             await self.arrived.wait()
         self.arrived.clear()
@@ -144,7 +148,7 @@ class _Desk:
     async def wake(self) -> None:
         self.arrived.set()
 
-    async def answer(self, number: int, value: Any) -> None:
+    async def answer(self, number: int, value: bytes) -> None:
         self.waiting.pop(number).set_result(value)
 
 
@@ -160,12 +164,12 @@ class Board:
 
     def post(self, message: Any) -> None:
         """Send from a worker and go on; arrives once."""
-        ray.get(self.actor.put.remote(message))
+        ray.get(self.actor.put.remote(cloudpickle.dumps(message)))
 
     def ask(self, message: Any) -> Any:
         """Send from a worker and wait for what the driver's function returns; a `GramError` that
         it raises is raised here."""
-        answer = ray.get(self.actor.ask.remote(message))
+        answer = cloudpickle.loads(ray.get(self.actor.ask.remote(cloudpickle.dumps(message))))
         if isinstance(answer, GramError):
             raise answer
         return answer
@@ -178,12 +182,12 @@ class Board:
         def deliver(wait: bool) -> None:
             for number, message in ray.get(self.actor.take.remote(wait)):
                 try:
-                    answer = receive(message)
+                    answer = receive(cloudpickle.loads(message))
                 except Exception as error:
                     # Whoever waits must hear of it, whatever it is.
                     answer = error if isinstance(error, GramError) else GramError(repr(error))
                 if number >= 0:
-                    ray.get(self.actor.answer.remote(number, answer))
+                    ray.get(self.actor.answer.remote(number, cloudpickle.dumps(answer)))
 
         def loop() -> None:
             while not stop.is_set():

@@ -1,9 +1,11 @@
-"""What made a result: seed, revision, versions, device, threads and environment, written beside
-every result."""
+"""What made a result: seed, revision, versions, computers and environment, written beside every
+result."""
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,26 +18,34 @@ PACKAGES = ("torch", "deepspeed", "ray", "dvc", "pyarrow", "polars", "numpy")
 VARIABLES = (*environment(), "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
-def provenance(seed: int | None = None) -> dict[str, Any]:
-    """Seed, git revision (with `+` where tracked files differ from it), package versions, machine,
-    device, threads, and the variables of the environment that bear on a result."""
-    return {
+def provenance(
+    seed: int | None = None, workers: Iterable[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Seed, git revision (with `+` where tracked files differ from it), package versions, this
+    process's `computer`, the variables of the environment that bear on a result, and, where
+    `workers` did the work, their computers, each kind once."""
+    made = {
         "seed": seed,
         "revision": revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
-        "device": _device(),
-        "threads": threads(),
+        **computer(threads()),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+    if workers is not None:
+        made["workers"] = list({json.dumps(worker): worker for worker in workers}.values())
+    return made
 
 
-def _device() -> str:
+def computer(cores: int, gpus: float | None = None) -> dict[str, Any]:
+    """What this process computes on, with `cores` threads and of `gpus` what it was given."""
     import torch
 
-    name = device_name()
-    return f"{name}, {torch.cuda.get_device_name()}" if name == "cuda" else name
+    device = device_name(gpus)
+    if device == "cuda":
+        device = f"{device}, {torch.cuda.get_device_name()}"
+    machine = f"{platform.system()} {platform.machine()}, {_processor()}"
+    return {"machine": machine, "device": device, "threads": cores}
 
 
 def _processor() -> str:

@@ -82,9 +82,8 @@ def sample_run(run: Run) -> int:
     path = RESULTS / run.name / "trajectories.parquet"
     schema = tables.trajectories_schema(run.task.length)
     settings = {"run": run.name, "sample": dump(config), "model": about["sha256"]}
-    rows = tables.write_parts(
-        path, store.tables(job.blocks), schema, {**settings, **provenance(config.seed)}
-    )
+    made = {**settings, **provenance(config.seed, store.computers(job.blocks))}
+    rows = tables.write_parts(path, store.tables(job.blocks), schema, made)
     wanted_rows = total * len(config.all_depths)
     if rows != wanted_rows:
         raise GramError(f"sampling {run.name}: {rows} rows came back, expected {wanted_rows}")
@@ -179,7 +178,7 @@ def sample_here(
     sampler = Sampler(job.model, job.task, job.config, cores, compile=compile)
     for block in todo:
         rows = sampler.rows(*job.part(block), block, progress)
-        name, content = packed(block.number, rows)
+        name, content = packed(block.number, rows, sampler.computer)
         store.put(name, content)
         store.add(name)
 
@@ -219,11 +218,12 @@ def sample_on_ray(
     from ray.data._internal.execution import streaming_executor_state as executor
     from ray.util.annotations import RayDeprecationWarning
 
+    from pipelines.alone import few_actors
     from pipelines.cluster import Board, cluster, has_gpus, worker_cores
 
     config = job.config
     least, most = config.workers
-    with cluster():
+    with cluster(), few_actors():
         cores = worker_cores(most, config.cores, least)
         gpus = config.num_gpus if config.num_gpus is not None else float(has_gpus())
         measure = calibrate

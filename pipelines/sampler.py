@@ -22,6 +22,7 @@ from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Puzzles
 from pipelines.blocks import Block, BlockStore, packed
 from pipelines.compute import compute_with
+from pipelines.provenance import computer
 from pipelines.runtime import device_name, say
 
 Progress = Callable[[int, int], None]  # of a block's number: so many trajectories are finished
@@ -53,6 +54,7 @@ class Sampler:
         self.board = board
         self.store = store
         self.told = 0.0
+        self.computer = computer(cores, config.num_gpus)
         if model.config.stochastic and self.model.z0_h.device.type == "cpu":
             # Loading the processor's compiled generator takes half a second, which is no block's.
             batch_noise([bytes(16)], [0], (1, 1, 1))
@@ -79,7 +81,7 @@ class Sampler:
             rows = self.rows(
                 Puzzles(ids, inputs, puzzle), known, block, lambda n, done: post((n, done))
             )
-            name, content = packed(block.number, rows)
+            name, content = packed(block.number, rows, self.computer)
             if self.store is not None:
                 self.store.put(name, content)
             finished["name"].append(name)

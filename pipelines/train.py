@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import polars as pl
 import torch
-from dvclive import Live
 from tqdm import tqdm
 
 from gram_core.compile import compiled
@@ -36,7 +35,7 @@ from pipelines import storage
 from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers, publish, published
 from pipelines.params import MODELS, WORK, Run, load_storage
-from pipelines.provenance import provenance
+from pipelines.provenance import computer, provenance
 from pipelines.runtime import device_name, say, threads
 from pipelines.storage import StorageConfig
 from pipelines.stores import DriverStore, ObjectStore, kept
@@ -46,6 +45,9 @@ if TYPE_CHECKING:
 
 # Settings of training that say how it is spread, not what comes of it.
 SPREAD = ("engine", "workers", "accumulate", "zero_stage", "cores", "restarts")
+# Beginnings of Ray Train's workers that may fail: twenty minutes for a cluster that has to grow,
+# where each waits for half a minute.
+BEGINNINGS = 40
 Report = Callable[[dict[str, float]], None]
 
 
@@ -100,10 +102,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training hands back: averaged weights, and the logged rows."""
+    """What training hands back: averaged weights, the logged rows, and what each worker computed
+    on."""
 
     weights: dict[str, torch.Tensor]
     history: list[dict[str, float]]
+    computers: list[dict[str, Any]]
 
 
 def build_module(job: Job, device: str) -> Supervised:
@@ -134,12 +138,13 @@ def work(
     report: Report,
     identity: str | None = None,
 ) -> Trained:
-    """Train on this worker; every worker returns the same averaged weights. `identity` says which
-    checkpoints in `store` are this run's, where its `fingerprint` shall not."""
+    """Train on this worker; every worker returns the same averaged weights, and its own computer.
+    `identity` says which checkpoints in `store` are this run's, where its `fingerprint` shall
+    not."""
     checkpoints = Checkpoints(store, identity or fingerprint(job, examples))
     slots = make_slots(engine, examples, job.train)
     ema, progress = train(engine, slots, job.train, checkpoints, report)
-    return Trained(averaged(engine, ema), progress.history)
+    return Trained(averaged(engine, ema), progress.history, [computer(torch.get_num_threads())])
 
 
 def fingerprint(job: Job, examples: Examples) -> str:
@@ -197,13 +202,16 @@ def ray_worker(config: dict[str, Any]) -> Trained:
             rows = examples(job.data, job.task, "train", job.identifiers, folder)
     else:
         rows = config["examples"]
-    return work(engine, job, rows, store, report)
+    trained = work(engine, job, rows, store, report)
+    computers: list[Any] = [None] * engine.world
+    torch.distributed.all_gather_object(computers, trained.computers[0])
+    return replace(trained, computers=computers)
 
 
 def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
     """Train on `train.workers` workers of Ray Train, each a DeepSpeed engine. Where a worker dies,
     all start again from the newest checkpoint, `train.restarts` times."""
-    from ray.train import PreemptionError, WorkerGroupError
+    from ray.train import ControllerError, PreemptionError, WorkerGroupError
 
     from pipelines.cluster import cluster, has_gpus
 
@@ -219,6 +227,12 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
         for restart in range(job.train.restarts + 1):
             try:
                 return _fit(job, rows, store, report, on_gpu=on_gpu)
+            except ControllerError as error:
+                failure = error.controller_failure
+                if not type(failure).__name__.startswith("WorkerGroupStartup"):
+                    raise
+                reason = " ".join(str(failure).split())[:300]
+                raise GramError(f"train {job.name}: no worker could begin: {reason}") from error
             except (WorkerGroupError, PreemptionError) as error:
                 # A machine that is taken away is a death as any other.
                 failures = list(getattr(error, "worker_failures", {}).values())
@@ -294,7 +308,11 @@ def _fit(
             storage_path=str((WORK / "ray").absolute()),
             # Started again by Ray itself, workers would go on from what was found before the first
             # start, and what was saved since would be lost.
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            failure_config=FailureConfig(
+                max_failures=0,
+                max_preemption_failures=0,
+                controller_failure_limit=BEGINNINGS,
+            ),
         ),
     )
     try:
@@ -310,6 +328,8 @@ class Progress:
     """Shows logged rows as they come: a bar with rate and time left, and DVCLive's files."""
 
     def __init__(self, job: Job, folder: Path) -> None:
+        from dvclive import Live  # a second, which no worker shall wait for
+
         self.bar = tqdm(total=job.train.steps, desc=f"train {job.name}", unit="step")
         self.live = Live(
             str(folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False
@@ -387,7 +407,7 @@ def _write(job: Job, trained: Trained, seconds: float) -> dict[str, float]:
         "identifiers": list(job.identifiers),
         "objective": dump(job.objective),
         "train": dump(job.train),
-        "provenance": provenance(job.train.seed),
+        "provenance": provenance(job.train.seed, trained.computers),
     }
     save_model(folder, model, about)
     return found

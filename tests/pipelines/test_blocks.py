@@ -1,16 +1,22 @@
 """How sampling is cut: every trajectory once, and small blocks at the end."""
 
+import hashlib
+import io
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gram_core.sample.trajectory import SampleConfig
 from pipelines import blocks
-from pipelines.blocks import cut
+from pipelines.blocks import BlockStore, cut, packed
 from pipelines.dataset import held_out
 from pipelines.params import load_run
+from pipelines.provenance import provenance
 from pipelines.sample import Job
 
 
@@ -77,3 +83,22 @@ def test_blocks_of_another_cut_are_not_found(monkeypatch: pytest.MonkeyPatch) ->
         assert (other.key("weights") == before) is found
     monkeypatch.setattr(blocks, "BLOCKS", 2)
     assert job.key("weights") != before
+
+
+def test_a_table_tells_what_its_blocks_were_computed_on_each_kind_once(tmp_path: Path) -> None:
+    """Also those that a former attempt had finished, on another machine."""
+    store, parts = BlockStore(str(tmp_path), "key"), cut(3, SampleConfig(width=1, batch=1))
+    here, there = {"device": "cpu", "threads": 1}, {"device": "cuda, H200", "threads": 8}
+    for part, computer in zip(parts, (here, there, here), strict=True):
+        name, content = packed(part.number, pa.table({"x": [part.number]}), computer)
+        store.put(name, content)
+        store.add(name)
+    assert provenance(0, store.computers(parts))["workers"] == [here, there]
+    assert [table["x"][0].as_py() for table in store.tables(parts)] == [0, 1, 2]
+    # One of an older program, without.
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"x": [1]}), sink)
+    name = f"block-000001-{hashlib.sha256(sink.getvalue()).hexdigest()[:16]}.parquet"
+    store.put(name, sink.getvalue())
+    store.add(name)
+    assert list(store.computers(parts)) == [here, here]

@@ -9,9 +9,9 @@ from pathlib import Path
 import polars as pl
 import psutil
 import pytest
-from nodes import can_hide, environment_at, two_nodes
+from nodes import environment_at, two_nodes
 from s3 import S3Server
-from workspace import child_environment, make_data, params, write_params
+from workspace import child_environment, make_data, may_mount, params, write_params
 
 from pipelines.cluster import Board, carry_own_modules, cluster, worker_cores
 from pipelines.runtime import local
@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_hide(), reason="no mount namespaces here")
+@pytest.mark.skipif(not may_mount(), reason="no mount namespaces here")
 def test_two_nodes_train_sample_and_sweep_without_the_drivers_disk(
     folder: Path, store: S3Server
 ) -> None:
@@ -85,7 +85,7 @@ def test_two_nodes_train_sample_and_sweep_without_the_drivers_disk(
     assert trials.group_by("trial").agg(pl.len())["len"].to_list() == [6, 6]
 
 
-def test_a_local_ray_listens_on_loopback_alone() -> None:
+def test_a_local_ray_listens_on_loopback_alone_and_has_no_process_that_nobody_asks() -> None:
     code = (
         "import psutil, os, ray\n"
         "from pipelines.cluster import Board, cluster\n"
@@ -104,15 +104,22 @@ def test_a_local_ray_listens_on_loopback_alone() -> None:
         "    found = [c for c in psutil.net_connections('inet')"
         " if c.status == 'LISTEN' and c.pid in pids]\n"
         "    print(len(found), *sorted({c.laddr.ip for c in found}))\n"
+        "    commands = [' '.join(psutil.Process(pid).cmdline()) for pid in pids - {me.pid}]\n"
+        "    print(*commands, sep='\\n')\n"
     )
     environment = {k: v for k, v in child_environment().items() if k != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    count, *addresses = done.stdout.split()
+    first, *commands = done.stdout.splitlines()
+    count, *addresses = first.split()
     assert int(count) >= 5
     assert set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    for needed in ("/gcs_server ", "/raylet ", "ray::_Desk"):
+        assert any(needed in command for command in commands), commands
+    for idle in ("monitor.py", "dashboard.py"):
+        assert not any(idle in command for command in commands), commands
 
 
 def test_what_a_local_ray_is_told_ray_train_hears(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +136,7 @@ def test_what_a_local_ray_is_told_ray_train_hears(monkeypatch: pytest.MonkeyPatc
     assert local() == {}
 
 
-def test_only_a_cluster_has_training_s_placement_groups_cleaned(
+def test_training_has_the_callbacks_that_it_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ray.train import ScalingConfig
@@ -144,6 +151,7 @@ def test_only_a_cluster_has_training_s_placement_groups_cleaned(
             monkeypatch.delenv("RAY_ADDRESS")
         found[name] = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     assert found["cluster"] - found["local"] == {"PlacementGroupCleanerCallback"}
+    assert "DatasetsCallback" not in found["cluster"], "no run reads one of Ray Data's"
 
 
 def test_a_cluster_that_is_not_there_is_one_line(data: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -22,8 +21,15 @@ import polars as pl
 import psutil
 import pyarrow as pa
 import pytest
-from safetensors.torch import load_file
-from workspace import child_environment, contents, make_data, params, write_params
+from workspace import (
+    child_environment,
+    contents,
+    make_data,
+    may_mount,
+    params,
+    trained,
+    write_params,
+)
 
 from gram_core import tables
 from gram_core.errors import GramError
@@ -176,24 +182,17 @@ def test_a_damaged_block_is_not_taken(whole: Path) -> None:
     assert pl.read_parquet(TABLE).equals(pl.read_parquet(io.BytesIO(calm)))
 
 
-def outcome() -> dict[str, object]:
-    weights = load_file(Path("models/tiny/model.safetensors"))
-    metrics = json.loads(Path("models/tiny/metrics.json").read_text())
-    metrics.pop("train_seconds")
-    return {**metrics, **{name: tensor.tolist() for name, tensor in weights.items()}}
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_training_goes_on_after_a_killed_worker(data: Path, capfd: pytest.CaptureFixture) -> None:
     write_params(params(runs__tiny__train__engine="deepspeed", runs__tiny__train__steps=800))
     train_run(load_run("tiny"))
-    calm = outcome()
+    calm = trained()
     folder = Path(".gram/checkpoints/tiny")
     with killing("ray::RayTrainWorker", 1, lambda: bool(list(folder.glob("step-*")))) as killed:
         train_run(load_run("tiny"))
     assert len(killed) == 1
-    assert outcome() == calm
+    assert trained() == calm
     said = capfd.readouterr().err
     assert "a worker died; all go on from the newest checkpoint (restart 1 of 3)" in said
     history = pl.read_csv("models/tiny/live/plots/metrics/reconstruction.tsv", separator="\t")
@@ -293,13 +292,6 @@ def test_a_run_whose_workers_keep_dying_ends_with_one_line(data: Path) -> None:
         train_run(load_run("tiny"))
 
 
-def can_mount() -> bool:
-    """Whether this process may mount a small tmpfs."""
-    return os.geteuid() == 0 and subprocess.run(
-        ["unshare", "-m", "true"], capture_output=True, check=False
-    ).returncode == 0  # fmt: skip
-
-
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
     """A disk of so many bytes at the folder; gives the way to make it larger."""
@@ -324,7 +316,7 @@ def failing(stage: str, name: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
+@pytest.mark.skipif(not may_mount(), reason="this process may not mount a disk of its own")
 @pytest.mark.parametrize(
     "engine", ["plain", pytest.param("deepspeed", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
@@ -344,7 +336,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     train_run(load_run("tiny"))
     monkeypatch.undo()
     monkeypatch.chdir(data)
-    calm = outcome()
+    calm = trained()
     for path in Path("models/tiny").glob("*.*"):
         path.unlink()
     shutil.rmtree(".gram", ignore_errors=True)
@@ -359,10 +351,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
         assert [p.name for p in Path(".gram/checkpoints/tiny").iterdir()] == ["step-0000010"]
         grow(64 << 20)
         train_run(load_run("tiny"))
-    assert outcome() == calm
+    assert trained() == calm
 
 
-@pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
+@pytest.mark.skipif(not may_mount(), reason="this process may not mount a disk of its own")
 @pytest.mark.parametrize(
     "engine", ["plain", pytest.param("deepspeed", marks=[pytest.mark.ray, pytest.mark.slow])]
 )
@@ -376,7 +368,7 @@ def test_a_disk_full_of_logged_rows_is_one_line(data: Path, engine: str) -> None
         assert not Path("models/tiny/model.safetensors").exists()
 
 
-@pytest.mark.skipif(not can_mount(), reason="this process may not mount a disk of its own")
+@pytest.mark.skipif(not may_mount(), reason="this process may not mount a disk of its own")
 def test_a_disk_full_of_tables_is_one_line(folder: Path) -> None:
     write_params(params())
     with small_disk(Path("data").absolute(), 4096):

@@ -1,16 +1,18 @@
 """Sampling and evaluation through the pipeline: workers do not show, damage does."""
 
-import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from ray.actor import ActorClass
 from ray.remote_function import RemoteFunction
-from workspace import contents, make_data, make_run, params, write_params
+from workspace import make_run, params, write_params
 
 from gram_core import tables
 from gram_core.errors import GramError
@@ -20,6 +22,8 @@ from gram_core.tasks.nqueens import NQueens
 from pipelines.dataset import held_out
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
+from pipelines.provenance import computer
+from pipelines.runtime import threads
 from pipelines.sample import _Bar, patience, sample_run
 from pipelines.train import train_run
 
@@ -134,6 +138,8 @@ def test_workers_do_not_show(
     one = sampled(concurrency=1)
     assert "100%|" in capfd.readouterr().err, "the bar hears from within long blocks"
     assert len(boards) == 1
+    made = tables.provenance(tables.read(TABLE, "trajectories"))
+    assert made["workers"] == [computer(threads())], "one worker has every core"
     for other in (one, two):
         assert other.drop("value").equals(here.drop("value"))
         assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
@@ -148,16 +154,23 @@ def test_the_wait_that_is_lengthened_is_the_one_that_ray_reads() -> None:
 
 @pytest.mark.ray
 def test_ray_runs_nothing_beside_the_workers(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A task needs a process of its own, which starts beside the workers and stays.
-    asked, original = [], RemoteFunction._remote
+    # A task needs a process of its own, which starts beside the workers and stays; so does an
+    # actor.
+    asked: list[str] = []
 
-    def noted(self: RemoteFunction, *arguments: object, **options: object) -> object:
-        asked.append(self._function_name)
-        return original(self, *arguments, **options)
+    def note(kind: type, name: Callable[[Any], str]) -> None:
+        original = kind._remote
 
-    monkeypatch.setattr(RemoteFunction, "_remote", noted)
+        def noted(self: Any, *arguments: object, **options: object) -> object:
+            asked.append(name(self))
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "_remote", noted)
+
+    note(RemoteFunction, lambda function: function._function_name)
+    note(ActorClass, lambda actor: actor.__ray_metadata__.class_name)
     sampled(concurrency=1)
-    assert asked == []
+    assert asked == ["MapWorker(MapBatches(Sampler))"]
 
 
 def test_workers_import_nothing_that_only_the_stage_needs() -> None:
@@ -194,61 +207,6 @@ def test_the_pace_follows_what_is_left(whole: Path, monkeypatch: pytest.MonkeyPa
     sampled(concurrency=1)
     assert longest == sorted(longest, reverse=True)
     assert longest[0] > 0 == longest[-1]
-
-
-def test_deterministic_twin_gives_one_answer(data: Path) -> None:
-    write_params(params(runs__tiny__model__guidance="none"))
-    found = make_run()
-    frame = pl.read_parquet(TABLE)
-    distinct = frame.group_by("puzzle_id", "depth").agg(pl.col("prediction").n_unique())
-    assert distinct["prediction"].to_list() == [1] * len(distinct)
-    for name in ("coverage", "any_valid", "majority", "best_of_value"):
-        assert found[f"{name}@3"] == found[f"{name}@1"]
-    assert "bound" not in found
-
-
-def test_evaluation_writes_the_contracts_keys(whole: Path) -> None:
-    found = evaluate(load_run("tiny"))
-    assert json.loads(Path("results/tiny/metrics.json").read_text()) == found
-    names = ("any_valid", "majority", "best_of_value", "best_of_verifier", "first_halt", "coverage")
-    for width in (1, 3):
-        for name in (*names, "coverage_pairs", "distinct"):
-            key = f"{name}@{width}"
-            slack = 1e-9  # of the resamples' sums
-            assert found[f"{key}_low"] - slack <= found[key] <= found[f"{key}_high"] + slack
-    assert found["bound"] == pytest.approx(
-        found["bound_reconstruction"] - found["bound_divergence"], rel=1e-6
-    )
-    assert found["bound"] < 0
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "other table", "absent"])
-def test_damaged_tables_are_named_and_nothing_is_lost(whole: Path, damage: str) -> None:
-    content = TABLE.read_bytes()
-    before = {k: v for k, v in contents(whole / "results").items() if "trajectories" not in k}
-    if damage == "truncated":
-        TABLE.write_bytes(content[: len(content) // 2])
-    elif damage == "empty":
-        TABLE.write_bytes(b"")
-    elif damage == "other table":
-        TABLE.write_bytes(Path("data/queens/test.parquet").read_bytes())
-    else:
-        TABLE.unlink()
-    with pytest.raises(GramError, match=r"trajectories\.parquet: ") as caught:
-        evaluate(load_run("tiny"))
-    assert "\n" not in str(caught.value)
-    after = {k: v for k, v in contents(whole / "results").items() if "trajectories" not in k}
-    assert after == before
-
-
-def test_trajectories_of_other_settings_are_refused(whole: Path) -> None:
-    write_params(params(runs__tiny__sample__width=4, runs__tiny__evaluate__widths=[4]))
-    with pytest.raises(GramError, match="every puzzle, trajectory and depth once"):
-        evaluate(load_run("tiny"))
-    write_params(params(tasks__queens__split__seed=9))
-    make_data()
-    with pytest.raises(GramError, match="not in both this table and the test table"):
-        evaluate(load_run("tiny"))
 
 
 def test_damaged_weights_are_named(whole: Path) -> None:

@@ -314,7 +314,7 @@ def test_jobs_beside_each_other_leave_each_others_blocks_and_checkpoints(s3: S3S
     other.clear()
     assert one.newest() == found
     first, second = (BlockStore(f"s3://{BUCKET}/blocks/tiny", key) for key in ("a", "b"))
-    name, content = packed(0, pa.table({"x": [1]}))
+    name, content = packed(0, pa.table({"x": [1]}), {})
     for store in (first, second):
         store.put(name, content)
         store.add(name)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from safetensors.torch import load_file
 from workspace import (
     child_environment,
     contents,
     copy_to_work_in,
     make_data,
     params,
+    trained,
     write_params,
 )
 
@@ -25,19 +25,9 @@ from gram_core.errors import GramError
 from pipelines.dataset import examples
 from pipelines.deepspeed_config import deepspeed_config
 from pipelines.params import load_run
+from pipelines.provenance import computer
+from pipelines.runtime import device_name, threads
 from pipelines.train import Job, build_module, fingerprint, train_run
-
-VOLATILE = {"train_seconds"}
-
-
-def outcome(name: str = "tiny") -> tuple[dict[str, float], dict[str, object]]:
-    """Final metrics, and the weights as lists."""
-    metrics = json.loads(Path("models", name, "metrics.json").read_text())
-    weights = load_file(Path("models", name, "model.safetensors"))
-    return (
-        {key: value for key, value in metrics.items() if key not in VOLATILE},
-        {key: tensor.tolist() for key, tensor in weights.items()},
-    )
 
 
 def kill_after_first_checkpoint(name: str) -> None:
@@ -68,7 +58,10 @@ def test_run_leaves_the_contracts_files(whole: Path) -> None:
     assert history["step"].to_list() == [2, 4, 6, 8, 10, 12]
     config = json.loads((folder / "config.json").read_text())
     assert config["task"]["kind"] == "nqueens"
-    assert config["provenance"]["threads"] >= 1
+    made = config["provenance"]
+    assert made["threads"] == threads()
+    assert made["workers"] == [computer(threads())]
+    assert made["workers"][0]["device"].startswith(device_name())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["steps"] == 12
     assert (folder / "live/plots/metrics/reconstruction.tsv").is_file()
@@ -114,14 +107,14 @@ def test_killed_run_ends_as_an_unbroken_one(
     broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_run(load_run("tiny"))
-    found = outcome()
+    found = trained()
     unbroken = tmp_path / "unbroken"
     unbroken.mkdir()
     monkeypatch.chdir(unbroken)
     shutil.copy(broken / "params.yaml", unbroken)
     make_data()
     train_run(load_run("tiny"))
-    assert found == outcome()
+    assert found == trained()
 
 
 @engines()
@@ -143,9 +136,38 @@ def test_deepspeed_and_plain_engines_agree(data: Path) -> None:
     write_params(params(runs__tiny__train__engine="deepspeed"))
     train_run(load_run("tiny"))
     deepspeed = pl.read_csv("models/tiny/history.csv")
+    made = json.loads(Path("models/tiny/config.json").read_text())["provenance"]
+    assert made["workers"] == [computer(threads())], "one worker has every core"
     # The same operations in the same order, but for the place where gradients are clipped.
     for name in ("reconstruction", "kl", "prior_reconstruction"):
         assert plain[name].to_list() == pytest.approx(deepspeed[name].to_list(), rel=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_that_cannot_begin_are_not_tried_for_ever(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's actor has every core."""
+    import ray
+
+    from pipelines import train
+    from pipelines.cluster import cluster
+
+    monkeypatch.setattr(train, "BEGINNINGS", 1)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    write_params(params(runs__tiny__train__engine="deepspeed"))
+    with cluster(1):
+
+        @ray.remote(num_cpus=1)
+        class Holder:
+            def held(self) -> bool:
+                return True
+
+        holder = Holder.remote()
+        assert ray.get(holder.held.remote())
+        with pytest.raises(GramError, match=r"train tiny: no worker could begin: .*timed out"):
+            train_run(load_run("tiny"))
 
 
 def test_damaged_training_table_is_named(whole: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -19,15 +18,6 @@ QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_
 # Without it no one talks to the cluster.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 RAY = Path(sys.executable).with_name("ray")
-
-
-def can_hide() -> bool:
-    """Whether this process may make mount namespaces."""
-    if shutil.which("unshare") is None:
-        return False
-    return (
-        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
-    )
 
 
 @contextmanager

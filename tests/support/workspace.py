@@ -2,14 +2,17 @@
 
 import copy
 import io
+import json
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 from pipelines.dataset import augment, generate
 from pipelines.evaluate import evaluate
@@ -77,6 +80,22 @@ def make_run(name: str = "tiny") -> dict[str, float]:
     train_run(load_run(name))
     sample_run(load_run(name))
     return evaluate(load_run(name))
+
+
+def trained(name: str = "tiny") -> tuple[dict[str, float], dict[str, object]]:
+    """Final metrics of a training but for its time, and the weights as lists."""
+    metrics = json.loads(Path("models", name, "metrics.json").read_text())
+    weights = load_file(Path("models", name, "model.safetensors"))
+    metrics.pop("train_seconds")
+    return metrics, {key: tensor.tolist() for key, tensor in weights.items()}
+
+
+def may_mount() -> bool:
+    """Whether this process may make mount namespaces, and mount disks of its own in them."""
+    if shutil.which("unshare") is None:
+        return False
+    done = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    return done.returncode == 0
 
 
 def copy_to_work_in(source: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
