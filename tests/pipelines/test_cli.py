@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from workspace import child_environment, make_data, params, write_params
 
 from gram_core.errors import GramError
+from gram_core.solve import Answer, Solver
 from gram_core.tasks.nqueens import NQueens
 from gram_core.tasks.registry import make_task
 from pipelines.cli import _sampling, main
@@ -35,6 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs__tiny__model__ffn=64,
             runs__tiny__train__steps=1200,  # with 600, some seeds find no board
             runs__tiny__train__batch=32,
+            runs__tiny__train__cores=1,
             runs__tiny__train__log_every=100,
             runs__tiny__train__checkpoint_every=1200,
             runs__tiny__train__ema=0.98,
@@ -83,6 +86,33 @@ def test_solve_reads_a_file(at: Path, capsys: pytest.CaptureFixture[str]) -> Non
     from_file = capsys.readouterr().out
     main(["solve", str(at / "models/tiny"), CORNER, "--width", "64"])
     assert capsys.readouterr().out == from_file
+
+
+def test_solve_asks_for_what_its_options_say(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    right, wrong = CORNER.replace(".", "Q", 1), CORNER
+
+    def solve(self: Solver, puzzle: str, width: int, **settings: int) -> list[Answer]:
+        asked.append((puzzle, width, settings))
+        return [Answer(np.zeros(25), text == right, 1, 0.5, text) for text in (right, wrong)]
+
+    monkeypatch.setattr(Solver, "solve", solve)
+    assert main(["solve", "tiny", CORNER]) == 0
+    some = capsys.readouterr()
+    assert main(["solve", "tiny", CORNER, "--width=7", "--depth=5", "--seed=9", "--all"]) == 0
+    every = capsys.readouterr()
+    assert asked == [
+        (CORNER, 20, {"seed": 0}), (CORNER, 7, {"seed": 9, "depth": 5}),
+    ]  # fmt: skip
+    assert some.out == f"verified, 1 of 20 trajectories, value 0.50\n{right}\n\n"
+    assert every.out == (
+        f"verified, 1 of 7 trajectories, value 0.50\n{right}\n\n"
+        f"not verified, 1 of 7 trajectories, value 0.50\n{wrong}\n\n"
+    )
+    for err in (some.err, every.err):
+        assert err.endswith("1 verified of 2 distinct answers\n")
 
 
 def test_solve_says_when_nothing_was_verified(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

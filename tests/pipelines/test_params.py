@@ -151,31 +151,88 @@ def test_every_profile_is_valid(profile: str, tmp_path: Path) -> None:
         assert max(widths.widths) <= sample.width
 
 
-def test_paper_profile_has_the_papers_values(tmp_path: Path) -> None:
-    """B.1, B.2 and Table 7."""
-    path = tmp_path / "params.yaml"
+# Table 7 and D.5: epochs, the rows of one, beta. Rows are training pairs of N-Queens, graphs of
+# colouring, puzzles or boards of Sudoku, training pairs of ARC, and MNIST's images.
+TABLE_7 = {
+    "nqueens8": (3000, 7218, 0.07),
+    "nqueens10": (1000, 107965, 0.045),
+    "coloring8": (5000, 7002, 0.5),
+    "coloring10": (5000, 13465, 0.45),
+    "sudoku": (50_000, 1000, 0.1),
+    "boards": (200, 50_000, 0.05),
+    "mnist": (1800, 60_000, 0.07),
+    "arc1": (200_000, 3081, 0.04),
+    "arc2": (200_000, 4667, 0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """params.yaml of the paper's profile."""
+    path = tmp_path_factory.mktemp("paper") / "params.yaml"
     compose("paper", path)
-    for name, beta, size, remove in (
-        ("nqueens8_gram", 0.07, 8, (5, 6, 7)),
-        ("nqueens10_gram", 0.045, 10, (7, 8, 9)),
-    ):
-        run = load_run(name, path)
-        job = Job.of(run)
-        model, train, optim = job.model, job.train, job.train.optim
-        assert (model.core, model.layers, model.dim, model.heads, model.ffn) == (
-            "attention", 2, 512, 8, 512,
-        )  # fmt: skip
-        assert (model.K, model.T, model.N_sup) == (4, 3, 16)
-        assert (model.guidance, model.posterior, model.decoder) == ("full", "sum", "linear")
-        assert (model.hierarchical, model.deep_supervision) == (True, True)
+    return path
+
+
+@pytest.mark.parametrize("task", TABLE_7)
+@pytest.mark.parametrize("kind", ["gram", "twin"])
+def test_paper_profile_has_the_papers_values(paper: Path, task: str, kind: str) -> None:
+    """B.1, B.2, D.5 and Tables 4, 5 and 7."""
+    name = f"{task}_{kind}"
+    if name not in read_params(paper)["runs"]:
+        assert kind == "twin", "every task has a guided run"
+        assert not name.startswith(("nqueens", "coloring", "sudoku"))
+        return
+    run = load_run(name, paper)
+    job, sample = Job.of(run), run.section("sample", SampleConfig)
+    model, train, optim = job.model, job.train, job.train.optim
+    epochs, rows, beta = TABLE_7[task]
+    sudoku, guided = task in ("sudoku", "boards"), kind == "gram"
+    assert (model.layers, model.dim, model.heads, model.ffn) == (2, 512, 8, 512)
+    assert (model.K, model.T, model.N_sup) == (6 if sudoku else 4, 3, 16)
+    assert model.core == ("mixer" if task == "sudoku" else "attention")
+    assert model.guidance == ("full" if guided else "none")
+    assert (model.posterior, model.decoder) == ("sum", "linear")
+    assert (model.hierarchical, model.deep_supervision) == (True, True)
+    assert (model.prefix_tokens, model.head_input) == (16, "first")
+    if guided:
         assert (job.objective.beta, job.objective.balance) == (beta, 0.8)
-        assert (train.batch, train.ema) == (768, 0.9999)
-        assert (optim.lr, optim.weight_decay, optim.clip) == (1e-4, 1.0, 1.0)
-        assert optim.schedule == "constant"
-        config: Any = run.task.config
-        assert (config.size, config.remove, config.split.by) == (size, remove, "input")
-        assert config.split.test == 0.15
-        assert run.section("sample", SampleConfig).width == 20
+    assert train.batch == 768
+    assert train.steps == pytest.approx(epochs * rows / 768, rel=5e-3)
+    assert train.ema == (0.999 if task == "boards" else 0.9999)
+    assert (optim.name, optim.lr, optim.weight_decay, optim.clip) == ("adamw", 1e-4, 1.0, 1.0)
+    assert (optim.beta1, optim.beta2, optim.warmup, optim.schedule) == (0.9, 0.95, 2000, "constant")
+    if run.task.identified:
+        assert (optim.identifier_lr, optim.identifier_decay) == (1e-2, 0.1)
+    assert sample.depth == 16
+    width = {"boards": 100_000, "mnist": 10_000, "arc1": 1, "arc2": 1}.get(task, 20)
+    assert sample.width == max(run.section("evaluate", EvaluateConfig).widths) == width
+
+
+def test_paper_profile_has_the_papers_tasks(paper: Path) -> None:
+    """C.1, C.2, D.5 and Table 5."""
+
+    def config(name: str) -> Any:
+        return load_task(name, paper).config
+
+    for size, remove in ((8, (5, 6, 7)), (10, (7, 8, 9))):
+        queens = config(f"nqueens{size}")
+        assert (queens.size, queens.remove) == (size, remove)
+        assert (queens.split.by, queens.split.test) == ("input", 0.15)
+        made = load_task(f"nqueens{size}", paper).generate(Path).metadata
+        assert made["train_pairs"] == TABLE_7[f"nqueens{size}"][1]
+    for vertices, test in ((8, 255), (10, 192)):
+        graphs = config(f"coloring{vertices}")
+        train = TABLE_7[f"coloring{vertices}"][1]
+        assert (graphs.vertices, graphs.train, graphs.test) == (vertices, train, test)
+    sudoku, boards = config("sudoku"), config("boards")
+    assert (sudoku.size, sudoku.source.train, sudoku.augmentations) == (9, 1000, 1000)
+    assert (boards.size, boards.source.train) == (9, 50_000)
+    for name, version in (("arc1", "arcagi"), ("arc2", "arcagi2")):
+        arc = config(name)
+        assert (arc.source.version, arc.augmentations) == (version, 1000)
+    digits = config("mnist")
+    assert (digits.side, digits.patch) == (28, 2)
 
 
 def test_writing_a_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

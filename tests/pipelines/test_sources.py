@@ -24,6 +24,12 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         type(self).hits.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
+        if path == "/plain/cut.csv":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CSV) + 1))
+            self.end_headers()
+            self.wfile.write(CSV)  # and the connection ends
+            return
         if path in ("/plain/file.csv", "/datasets/owner/name/resolve/v1/train.csv"):
             self.send_response(200)
             self.send_header("Content-Length", str(len(CSV)))
@@ -82,6 +88,12 @@ def test_http_is_fetched_once_and_whole(server: str) -> None:
     with pytest.raises(SourceError, match="no such file there"):
         fetch(f"{server}/plain/other.csv")
     assert [p.name for p in sources.CACHE.iterdir()] == [path.name]
+
+
+def test_a_part_of_a_file_is_not_taken_for_it(server: str) -> None:
+    with pytest.raises(SourceError, match=r"cut\.csv: cannot be fetched"):
+        fetch(f"{server}/plain/cut.csv")
+    assert list(sources.CACHE.iterdir()) == []
 
 
 def test_a_long_query_is_no_part_of_the_cached_name(server: str) -> None:

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from gram_core.model.encoders import PatchDecoder, PatchEncoder, patchify, unpatchify
+from gram_core.model.encoders import (
+    PatchDecoder,
+    PatchEncoder,
+    PatchTargetEncoder,
+    patchify,
+    unpatchify,
+)
 from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.shape import TokenShape
 
@@ -34,6 +40,27 @@ def test_a_patch_of_logits_depends_on_its_own_vector() -> None:
     wanted = torch.zeros(6, 4, dtype=torch.bool)
     wanted[2:4, 2:4] = True
     assert (changed == wanted).all()
+
+
+def test_vectors_are_those_of_their_patch_in_an_image_that_is_not_square() -> None:
+    """Six by four pixels, cut by hand; convolutions and maps are the modules' own."""
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 3, (2, 24))
+    grid = tokens.view(2, 6, 4)
+    encoder = PatchEncoder(IMAGE, 16)
+    features = encoder.features((grid[:, None] == 2).float() * 2 - 1)  # black -1, white 1
+    targets = PatchTargetEncoder(IMAGE, 3, 16)
+    found, answers = encoder(tokens), targets(tokens)
+    table = targets.pixels.weight * 4  # by the root of D
+    for number in range(6):
+        row, column = 2 * (number // 2), 2 * (number % 2)
+        block = features[:, :, row : row + 2, column : column + 2]
+        wanted = block.reshape(2, -1) @ encoder.map.weight.T + encoder.map.bias
+        torch.testing.assert_close(found[:, number], wanted)
+        pixels = grid[:, row : row + 2, column : column + 2].reshape(2, 4)
+        # A place in the patch has three rows of the table: padding, black and white.
+        looked_up = sum(table[3 * place + pixels[:, place]] for place in range(4)) / 2
+        torch.testing.assert_close(answers[:, number], looked_up)
 
 
 def test_the_encoder_sees_a_neighbourhood() -> None:

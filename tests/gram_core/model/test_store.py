@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from gram_core.files import write_atomic
 from gram_core.model.store import ModelError, load_model, save_model
 
 
@@ -56,6 +57,27 @@ def test_saving_again_replaces_the_model(folder, make_model):
     assert torch.equal(loaded.z0_h, make_model(seed=1).z0_h)
     assert "run" not in about
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_save_that_is_cut_short_is_noticed(folder, make_model, monkeypatch):
+    """The configuration, which names the checksum, goes last: of new weights and an old one
+    nothing is taken, and neither is the one without the other."""
+    written = []
+
+    def stopped(path, content):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_atomic(path, content)
+
+    monkeypatch.setattr("gram_core.model.store.write_atomic", stopped)
+    for target in (folder, folder.parent / "fresh"):
+        written.clear()
+        with pytest.raises(KeyboardInterrupt):
+            save_model(target, make_model(seed=1), {})
+        assert written == ["model.safetensors"]
+    refused(folder, "model.safetensors: does not match the checksum")
+    refused(folder.parent / "fresh", "no such model")
 
 
 def test_missing_files_are_named(folder):
