@@ -51,6 +51,8 @@ def few_actors() -> Iterator[None]:
     class AsItIs(ClusterAutoscaler):
         """A machine that does not grow."""
 
+        total = ExecutionResources.from_resource_dict(ray.cluster_resources())
+
         def try_trigger_scaling(self) -> None:
             """There is nothing to ask."""
 
@@ -58,7 +60,7 @@ def few_actors() -> Iterator[None]:
             """There is nothing to take back."""
 
         def get_total_resources(self) -> ExecutionResources:
-            return ExecutionResources.from_resource_dict(ray.cluster_resources())
+            return self.total
 
     with _standing_in(
         (streaming_executor, "create_cluster_autoscaler", lambda *_, **__: AsItIs()),

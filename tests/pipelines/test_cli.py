@@ -12,34 +12,32 @@ from workspace import child_environment, make_data, params, write_params
 
 from gram_core.errors import GramError
 from gram_core.solve import Answer, Solver
-from gram_core.tasks.nqueens import NQueens
-from gram_core.tasks.registry import make_task
 from pipelines.cli import _sampling, main
 from pipelines.params import load_run
 from pipelines.train import train_run
 
-# Two completions: columns 0 2 4 1 3 and 0 3 1 4 2.
-CORNER = "Q....|.....|.....|.....|....."
-ATTACKED = "QQ...|.....|.....|.....|....."
+# One completion: columns 1 3 0 2.
+BOARD = ".Q..|....|....|...."
+ATTACKED = "QQ..|....|....|...."
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned to complete 5x5 boards."""
+    """A run that has learned to complete 4x4 boards."""
     path = tmp_path_factory.mktemp("cli")
     patch = pytest.MonkeyPatch()
     patch.chdir(path)
     try:
         document = params(
-            tasks__queens__remove=[3, 4],
+            tasks__queens__size=4,
+            tasks__queens__remove=[2, 3],
             tasks__queens__split__test=0.1,
             runs__tiny__model__dim=32,
             runs__tiny__model__ffn=64,
-            runs__tiny__train__steps=1200,  # with 600, some seeds find no board
+            runs__tiny__train__steps=400,
             runs__tiny__train__batch=32,
-            runs__tiny__train__cores=1,
             runs__tiny__train__log_every=100,
-            runs__tiny__train__checkpoint_every=1200,
+            runs__tiny__train__checkpoint_every=400,
             runs__tiny__train__ema=0.98,
             runs__tiny__train__optim__warmup=50,
             runs__tiny__train__optim__lr=5e-3,
@@ -64,27 +62,18 @@ def boards(text: str) -> list[str]:
     return ["|".join(block.splitlines()[1:]) for block in text.strip().split("\n\n")]
 
 
-def test_solve_prints_distinct_valid_boards(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["solve", "tiny", CORNER, "--width", "64"]) == 0
+def test_solve_prints_the_verified_answers(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solve", "tiny", BOARD, "--width", "64"]) == 0
     out = capsys.readouterr().out
-    found = boards(out)
-    assert len(set(found)) == len(found) >= 1
-    task = make_task(params()["tasks"]["queens"], "task")
-    assert isinstance(task, NQueens)
-    for board in found:
-        assert board[0] == "Q"
-        columns = [row.index("Q") for row in board.split("|")]
-        assert sorted(columns) == list(range(5))
-        assert len({c + r for r, c in enumerate(columns)}) == 5
-        assert len({c - r for r, c in enumerate(columns)}) == 5
+    assert boards(out) == [".Q..|...Q|Q...|..Q."]
     assert out.startswith("verified, ")
 
 
 def test_solve_reads_a_file(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (at / "board.txt").write_text(CORNER.replace("|", "\n") + "\n")
+    (at / "board.txt").write_text(BOARD.replace("|", "\n") + "\n")
     assert main(["solve", "tiny", "board.txt", "--width", "64"]) == 0
     from_file = capsys.readouterr().out
-    main(["solve", str(at / "models/tiny"), CORNER, "--width", "64"])
+    main(["solve", str(at / "models/tiny"), BOARD, "--width", "64"])
     assert capsys.readouterr().out == from_file
 
 
@@ -92,19 +81,19 @@ def test_solve_asks_for_what_its_options_say(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    right, wrong = CORNER.replace(".", "Q", 1), CORNER
+    right, wrong = BOARD.replace(".", "Q", 1), BOARD
 
     def solve(self: Solver, puzzle: str, width: int, **settings: int) -> list[Answer]:
         asked.append((puzzle, width, settings))
-        return [Answer(np.zeros(25), text == right, 1, 0.5, text) for text in (right, wrong)]
+        return [Answer(np.zeros(16), text == right, 1, 0.5, text) for text in (right, wrong)]
 
     monkeypatch.setattr(Solver, "solve", solve)
-    assert main(["solve", "tiny", CORNER]) == 0
+    assert main(["solve", "tiny", BOARD]) == 0
     some = capsys.readouterr()
-    assert main(["solve", "tiny", CORNER, "--width=7", "--depth=5", "--seed=9", "--all"]) == 0
+    assert main(["solve", "tiny", BOARD, "--width=7", "--depth=5", "--seed=9", "--all"]) == 0
     every = capsys.readouterr()
     assert asked == [
-        (CORNER, 20, {"seed": 0}), (CORNER, 7, {"seed": 9, "depth": 5}),
+        (BOARD, 20, {"seed": 0}), (BOARD, 7, {"seed": 9, "depth": 5}),
     ]  # fmt: skip
     assert some.out == f"verified, 1 of 20 trajectories, value 0.50\n{right}\n\n"
     assert every.out == (
@@ -125,8 +114,8 @@ def test_solve_says_when_nothing_was_verified(at: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("board", "words"),
     [
-        ("Q....|.....", "2 rows, expected 5"),
-        ("QX...|.....|.....|.....|.....", "'X'"),
+        ("Q...|....", "2 rows, expected 4"),
+        ("QX..|....|....|....", "'X'"),
         ("", "0 rows"),
     ],
 )
@@ -142,7 +131,7 @@ def test_solve_refuses_a_malformed_board(
 
 
 def test_a_long_puzzle_is_no_name_of_a_file(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["solve", "tiny", ".....\n" * 100]) == 2
+    assert main(["solve", "tiny", "....\n" * 100]) == 2
     assert capsys.readouterr().err.startswith("error: puzzle: ")
 
 
@@ -162,10 +151,10 @@ def test_sample_is_the_stage(whole: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_unknown_run_is_an_error(at: Path) -> None:
     with pytest.raises(GramError, match="no such model"):
-        main(["solve", "nobody", CORNER])
+        main(["solve", "nobody", BOARD])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["solve", "tiny", CORNER, "--width", "0"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["solve", "tiny", BOARD, "--width", "0"]])
 def test_wrong_usage_exits_with_two(at: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

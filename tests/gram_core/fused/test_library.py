@@ -17,10 +17,14 @@ needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A process that has fused nothing, and a place where nothing is compiled. What is, there, is
-    only loaded, and so need not be fast."""
+    only loaded: a source of two files, which is not the operations', will do."""
+    source = tmp_path / "source" / "entry.cpp"
+    source.parent.mkdir()
+    source.write_text('#include "one.h"\nextern "C" int answer() { return ONE; }\n')
+    source.with_name("one.h").write_text("#define ONE 1\n")
+    monkeypatch.setattr(library, "SOURCE", source)
     monkeypatch.setattr(library.process, "library", None)
     monkeypatch.setattr(library.process, "formats", ())
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     return tmp_path
 
@@ -108,6 +112,11 @@ def test_it_is_compiled_once_for_a_source(fusing, fresh, monkeypatch):
     library.process.library = None
     assert library.fuse()
     assert len(kept(fresh)) == 2
+    library.SOURCE.with_name("one.h").write_text("#define ONE 2\n")
+    library.process.library = None
+    assert library.fuse()
+    assert len(kept(fresh)) == 3
+    assert library.process.library.answer() == 2
 
 
 def test_one_openmp_runtime_serves_torch_and_the_operations(fusing):
