@@ -11,6 +11,7 @@ What stands here in place of Ray's own parts is of the locked version; tests see
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Self
 from uuid import uuid4
 
@@ -22,16 +23,17 @@ def few_processes() -> Iterator[None]:
     """A Ray that is started within, for this machine alone, is a store, a raylet and its agents."""
     from ray._private import node, parameter
 
+    # Where what a dashboard needs is installed, agents ask for its server all the time.
+    served = all(map(find_spec, ("aiohttp_cors", "opencensus")))
+
     class Parameters(parameter.RayParams):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             self.no_monitor = True
             self.include_log_monitor = False
 
-    with _standing_in(
-        (parameter, "RayParams", Parameters),
-        (node.Node, "start_api_server", lambda self, **named: None),
-    ):
+    server = () if served else ((node.Node, "start_api_server", lambda self, **named: None),)
+    with _standing_in((parameter, "RayParams", Parameters), *server):
         yield
 
 
@@ -51,7 +53,8 @@ def few_actors() -> Iterator[None]:
     class AsItIs(ClusterAutoscaler):
         """A machine that does not grow."""
 
-        total = ExecutionResources.from_resource_dict(ray.cluster_resources())
+        def __init__(self) -> None:
+            self.total = ExecutionResources.from_resource_dict(ray.cluster_resources())
 
         def try_trigger_scaling(self) -> None:
             """There is nothing to ask."""

@@ -93,6 +93,7 @@ class BlockStore:
         self.address = address
         self.folder = storage.join(address, key)
         self.names: dict[int, str] = {}
+        self.made: dict[int, Mapping[str, Any]] = {}
         for name in storage.names(self.folder):
             match = NAME.fullmatch(name)
             if match is not None:
@@ -102,17 +103,19 @@ class BlockStore:
         """Keep a finished block whole. Raises `StorageError`."""
         storage.write(storage.join(self.folder, name), content)
 
-    def add(self, name: str) -> int:
-        """Take note of a block that was put there; its number."""
+    def add(self, name: str, computer: Mapping[str, Any]) -> int:
+        """Take note of a block that was put there, and of what it was computed on; its number."""
         match = NAME.fullmatch(name)
         assert match is not None
         number = int(match[1])
-        self.names[number] = name
+        self.names[number], self.made[number] = name, computer
         return number
 
-    def computers(self, blocks: list[Block]) -> Iterator[dict[str, Any]]:
-        """What each block was computed on. Raises `StorageError` as `tables` does."""
-        for content in self._contents(blocks):
+    def computers(self, blocks: list[Block]) -> Iterator[Mapping[str, Any]]:
+        """What the blocks were computed on; those that a former attempt had finished say it
+        themselves. Raises `StorageError` as `tables` does."""
+        yield from self.made.values()
+        for content in self._contents([b for b in blocks if b.number not in self.made]):
             metadata = pq.read_schema(pa.BufferReader(content)).metadata or {}
             if COMPUTER in metadata:  # an older program's say nothing
                 yield json.loads(metadata[COMPUTER])

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime import entry, fail, say
+from pipelines.runtime import entry, fail, importing, say, threads
 
 if TYPE_CHECKING:
     from gram_core.sample.trajectory import SampleConfig
@@ -112,8 +112,9 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.command == "solve":
         return _solve(chosen)
     if chosen.command == "sample":
-        from pipelines.params import load_run
-        from pipelines.sample import sample_run
+        with importing():
+            from pipelines.params import load_run
+            from pipelines.sample import sample_run
 
         say(f"sample {chosen.run}: {sample_run(load_run(chosen.run))} rows")
         return 0
@@ -169,10 +170,10 @@ def _sampling(run: str) -> "SampleConfig | None":
 
 
 def _solve(chosen: argparse.Namespace) -> int:
-    from gram_core.solve import Solver
-    from gram_core.tasks.base import TaskError
-    from pipelines.compute import compute_with
-    from pipelines.runtime import threads
+    with importing():
+        from gram_core.solve import Solver
+        from gram_core.tasks.base import TaskError
+        from pipelines.compute import compute_with
 
     compute_with(threads())
     solver = Solver.load(_model_folder(chosen.run), _sampling(chosen.run))

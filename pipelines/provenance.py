@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ VARIABLES = (*environment(), "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE
 
 
 def provenance(
-    seed: int | None = None, workers: Iterable[dict[str, Any]] | None = None
+    seed: int | None = None, workers: Iterable[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Seed, git revision (with `+` where tracked files differ from it), package versions, this
     process's `computer`, the variables of the environment that bear on a result, and, where

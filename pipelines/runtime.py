@@ -11,8 +11,8 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 # glibc gives every large tensor back to the kernel and pays page faults for the next one. These
 # keep freed memory in the process (trim never, mmap never), grow it in large pieces, and ask for
@@ -29,8 +29,6 @@ ALLOCATOR = {
 # worker of Ray computes on a thread beside the main one, each with a team: unless it is told to be
 # active, every small operation there waits for a thread to wake (docs/performance.md).
 PATIENT = {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "active"}
-COLLECTING = gc.get_threshold()  # Python's own
-IMPORTING = (10_000, 50, 1_000)
 UNREAD = 120  # as Python itself ends where its last words cannot be written
 # What writing to a disk fails by that a user can mend: a full one, and a place that is none.
 DISK = (
@@ -86,9 +84,6 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
         # A Ctrl-C while Python starts again waits for the block below, which ends with one line.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
-    # Imports make a million objects that are no garbage: to look for some all the while is a
-    # seventh of a stage's start. Who computes looks as usual (`pipelines.compute`).
-    gc.set_threshold(*IMPORTING)
     ended: list[int] = []
     atexit.register(_end, ended)  # registered first, it is called last
     try:
@@ -103,6 +98,18 @@ def entry(main: Callable[[Sequence[str]], int | None]) -> None:
         code = fail("interrupted", code=130)
     ended.append(code)
     sys.exit(code)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import what is heavy within. Modules make a million objects that are no garbage: to look for
+    some all the while is a seventh of a stage's start."""
+    before = gc.get_threshold()
+    gc.set_threshold(10_000, 50, 1_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _end(ended: Sequence[int]) -> None:

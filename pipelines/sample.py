@@ -180,7 +180,7 @@ def sample_here(
         rows = sampler.rows(*job.part(block), block, progress)
         name, content = packed(block.number, rows, sampler.computer)
         store.put(name, content)
-        store.add(name)
+        store.add(name, sampler.computer)
 
 
 def _worth_compiling(job: Job, todo: list[Block], cost: Cost, workers: int) -> bool:
@@ -223,7 +223,7 @@ def sample_on_ray(
 
     config = job.config
     least, most = config.workers
-    with cluster(), few_actors():
+    with few_actors(), cluster():
         cores = worker_cores(most, config.cores, least)
         gpus = config.num_gpus if config.num_gpus is not None else float(has_gpus())
         measure = calibrate
@@ -287,7 +287,7 @@ def sample_on_ray(
                     ended = max(ended, row["began"] + row["seconds"])
                     if not apart:
                         store.put(row["name"], row["content"])
-                    number = store.add(row["name"])
+                    number = store.add(row["name"], json.loads(row["computer"]))
                     left.discard(number)
                     if board is None:
                         progress(number, sizes[number])

@@ -4,6 +4,7 @@ A worker of Ray's imports this module and what it names. Each worker pays for th
 block, so nothing is imported here that only the stage needs.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,8 +32,8 @@ TELL = 2.0  # seconds between two signs of life of a worker in a block
 
 class Sampler:
     """A model ready to sample. Called by Ray Data with a batch of columns, it gives one row a
-    finished block: its name, when it began, the seconds it took, and its content unless it put that
-    into `store` itself."""
+    finished block: its name, when it began, the seconds it took, what it was computed on, and its
+    content unless it put that into `store` itself."""
 
     def __init__(
         self,
@@ -64,7 +65,8 @@ class Sampler:
         and `targets` (the known answers of each puzzle as one string of bytes), and for each row
         its `block` and which trajectories that is: `first`, `count`."""
         post = self.board.post if self.board is not None else lambda message: None
-        finished: dict[str, list[Any]] = {"name": [], "began": [], "seconds": [], "content": []}
+        columns = ("name", "began", "seconds", "computer", "content")
+        finished: dict[str, list[Any]] = {column: [] for column in columns}
         for number in np.unique(batch["block"]):
             began, start = time.time(), time.perf_counter()
             mine = {key: column[batch["block"] == number] for key, column in batch.items()}
@@ -87,6 +89,7 @@ class Sampler:
             finished["name"].append(name)
             finished["began"].append(began)
             finished["seconds"].append(time.perf_counter() - start)
+            finished["computer"].append(json.dumps(self.computer))
             finished["content"].append(b"" if self.store is not None else content)
         return finished
 

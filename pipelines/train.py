@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 # Settings of training that say how it is spread, not what comes of it.
 SPREAD = ("engine", "workers", "accumulate", "zero_stage", "cores", "restarts")
-# Beginnings of Ray Train's workers that may fail: twenty minutes for a cluster that has to grow,
-# where each waits for half a minute.
-BEGINNINGS = 40
+# Times that Ray Train's workers may fail to begin: on a cluster that has to grow, where each time
+# waits for a minute, twenty minutes.
+BEGINNINGS = 20
 Report = Callable[[dict[str, float]], None]
 
 
@@ -102,12 +102,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training hands back: averaged weights, the logged rows, and what each worker computed
-    on."""
+    """What training hands back: averaged weights, the logged rows, and what the workers that ended
+    it computed on."""
 
     weights: dict[str, torch.Tensor]
     history: list[dict[str, float]]
-    computers: list[dict[str, Any]]
+    computers: Sequence[dict[str, Any]] = ()
 
 
 def build_module(job: Job, device: str) -> Supervised:
@@ -138,13 +138,12 @@ def work(
     report: Report,
     identity: str | None = None,
 ) -> Trained:
-    """Train on this worker; every worker returns the same averaged weights, and its own computer.
-    `identity` says which checkpoints in `store` are this run's, where its `fingerprint` shall
-    not."""
+    """Train on this worker; every worker returns the same averaged weights. `identity` says which
+    checkpoints in `store` are this run's, where its `fingerprint` shall not."""
     checkpoints = Checkpoints(store, identity or fingerprint(job, examples))
     slots = make_slots(engine, examples, job.train)
     ema, progress = train(engine, slots, job.train, checkpoints, report)
-    return Trained(averaged(engine, ema), progress.history, [computer(torch.get_num_threads())])
+    return Trained(averaged(engine, ema), progress.history)
 
 
 def fingerprint(job: Job, examples: Examples) -> str:
@@ -177,11 +176,13 @@ def checkpoint_store(job: Job, place: StorageConfig) -> FolderStore | ObjectStor
 
 def train_here(job: Job, place: StorageConfig, report: Report) -> Trained:
     """Train in this process with torch alone."""
-    compute_with(job.train.cores or threads())
+    cores = job.train.cores or threads()
+    compute_with(cores)
     module = build_module(job, device_name())
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
     rows = examples(job.data, job.task, "train", job.identifiers)
-    return work(engine, job, rows, checkpoint_store(job, place), report)
+    trained = work(engine, job, rows, checkpoint_store(job, place), report)
+    return replace(trained, computers=[computer(cores)])
 
 
 def ray_worker(config: dict[str, Any]) -> Trained:
@@ -204,7 +205,7 @@ def ray_worker(config: dict[str, Any]) -> Trained:
         rows = config["examples"]
     trained = work(engine, job, rows, store, report)
     computers: list[Any] = [None] * engine.world
-    torch.distributed.all_gather_object(computers, trained.computers[0])
+    torch.distributed.all_gather_object(computers, computer(config["cores"]))
     return replace(trained, computers=computers)
 
 
@@ -311,7 +312,7 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=0,
                 max_preemption_failures=0,
-                controller_failure_limit=BEGINNINGS,
+                controller_failure_limit=BEGINNINGS - 1,
             ),
         ),
     )

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, only, say
+from pipelines.runtime import entry, importing, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write the tables that training and sampling read."""
-    from pipelines.dataset import augment
-    from pipelines.params import load_task
+    with importing():
+        from pipelines.dataset import augment
+        from pipelines.params import load_task
 
     name = only(arguments, "stages.augment TASK")
     counts = augment(name, load_task(name))

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, only, say
+from pipelines.runtime import entry, importing, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Turn the run's trajectories into metrics."""
-    from pipelines.evaluate import evaluate
-    from pipelines.params import load_run
+    with importing():
+        from pipelines.evaluate import evaluate
+        from pipelines.params import load_run
 
     name = only(arguments, "stages.evaluate RUN")
     found = evaluate(load_run(name))

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, only, say
+from pipelines.runtime import entry, importing, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write the task's raw tables."""
-    from pipelines.dataset import generate
-    from pipelines.params import load_task
+    with importing():
+        from pipelines.dataset import generate
+        from pipelines.params import load_task
 
     name = only(arguments, "stages.generate TASK")
     counts = generate(name, load_task(name))

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, say
+from pipelines.runtime import entry, importing, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Build report/index.html from every run's results."""
-    from pathlib import Path
+    with importing():
+        from pathlib import Path
 
-    from pipelines.params import read_params
-    from pipelines.report.build import build
+        from pipelines.params import read_params
+        from pipelines.report.build import build
 
     build(Path(), read_params()["runs"], Path("report"))
     say("report: open report/index.html")

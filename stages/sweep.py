@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, only, say
+from pipelines.runtime import entry, importing, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the sweep."""
-    from pipelines.sweep import sweep
+    with importing():
+        from pipelines.sweep import sweep
 
     name = only(arguments, "stages.sweep NAME")
     say(f"sweep {name}: {sweep(name, resume=True)} reports")

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from pipelines.runtime import entry, only, say
+from pipelines.runtime import entry, importing, only, say
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train the run."""
-    from pipelines.params import load_run
-    from pipelines.train import train_run
+    with importing():
+        from pipelines.params import load_run
+        from pipelines.train import train_run
 
     name = only(arguments, "stages.train RUN")
     found = train_run(load_run(name))

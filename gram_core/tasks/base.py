@@ -10,6 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +32,21 @@ Fetch = Callable[[str], Path]
 """A source as the user names it (a path, `s3://...`, `hf://...`) -> a file on this machine."""
 
 
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
+
+
 class TaskError(GramError):
     """A puzzle or a task setting that cannot be used; one line that says what would be right."""
 
 
 def memory() -> float:
-    """Bytes of this machine's memory; infinite where it does not say."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """Bytes of this machine's memory, or container's; infinite where it does not say."""
+    bound = math.inf
+    if hasattr(os, "sysconf"):
+        bound = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # no container, or no bound ("max")
+        bound = min(bound, float(int(CONTAINER.read_text())))
+    return bound
 
 
 def check_rows(rows: int, length: int, setting: str) -> None:

@@ -154,6 +154,35 @@ def test_training_has_the_callbacks_that_it_needs(
     assert "DatasetsCallback" not in found["cluster"], "no run reads one of Ray Data's"
 
 
+def test_training_asks_nobody_for_nodes_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    from pipelines.trainer import AsItIs, Trainer
+
+    given: list[object] = []
+    monkeypatch.setattr(
+        TorchTrainer, "_initialize_and_run_controller", lambda self, **named: given.append(named)
+    )
+    wanted = {"scaling_policy": "Ray's own"}
+    for address in ("somewhere:6379", ""):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        trainer = Trainer(lambda: None, scaling_config=ScalingConfig(num_workers=2))
+        trainer._initialize_and_run_controller(**wanted)
+    on_cluster, here = given
+    assert on_cluster == wanted
+    assert isinstance(here, dict)
+    policy = here["scaling_policy"]
+    assert isinstance(policy, AsItIs)
+    policy.after_controller_start(None)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    assert policy._coordinator_client is None
+    assert vars(AsItIs).keys() & vars(FixedScalingPolicy.__mro__[1]).keys() >= {
+        "after_controller_start", "_maybe_send_resource_request",
+    }, "what stands in has a name that Ray calls"  # fmt: skip
+
+
 def test_a_cluster_that_is_not_there_is_one_line(data: Path) -> None:
     write_params(params(runs__tiny__train__engine="deepspeed"))
     environment = {**child_environment(), "RAY_ADDRESS": "127.0.0.1:9"}

@@ -169,8 +169,8 @@ def test_ray_runs_nothing_beside_the_workers(whole: Path, monkeypatch: pytest.Mo
 
     note(RemoteFunction, lambda function: function._function_name)
     note(ActorClass, lambda actor: actor.__ray_metadata__.class_name)
-    sampled(concurrency=1)
-    assert asked == ["MapWorker(MapBatches(Sampler))"]
+    sampled(concurrency=1, max_concurrency=2)
+    assert asked == ["MapWorker(MapBatches(Sampler))"] * 2, "and the pool grows where blocks wait"
 
 
 def test_workers_import_nothing_that_only_the_stage_needs() -> None:

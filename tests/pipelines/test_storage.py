@@ -236,14 +236,12 @@ def test_what_cannot_be_reached_is_one_line_without_the_secret(
         environment["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
     write_params({**PARAMS, "storage": {"checkpoints": f"s3://{bucket}/x"}})
     before = {k: v for k, v in contents(data).items() if "live" not in k}
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "stages.train", "tiny"],
         env={**child_environment(), **environment},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=150, check=False,  # nobody tries for ever
     )  # fmt: skip
     assert done.returncode == 1
-    assert time.monotonic() - start < 150
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert f"s3://{bucket}/x" in lines[0]
@@ -317,7 +315,7 @@ def test_jobs_beside_each_other_leave_each_others_blocks_and_checkpoints(s3: S3S
     name, content = packed(0, pa.table({"x": [1]}), {})
     for store in (first, second):
         store.put(name, content)
-        store.add(name)
+        store.add(name, {})
     second.clear()
     assert [t.to_pydict() for t in first.tables([Block(0, 0, 1, 0, 1)])] == [{"x": [1]}]
 

@@ -154,7 +154,7 @@ def test_workers_that_cannot_begin_are_not_tried_for_ever(
     from pipelines import train
     from pipelines.cluster import cluster
 
-    monkeypatch.setattr(train, "BEGINNINGS", 1)
+    monkeypatch.setattr(train, "BEGINNINGS", 2)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
     write_params(params(runs__tiny__train__engine="deepspeed"))
     with cluster(1):

@@ -144,8 +144,13 @@ def test_more_boards_than_memory_holds_are_refused(monkeypatch):
         completions(5, remove)
 
 
-def test_the_memory_is_this_machine_s():
-    assert base.memory() == psutil.virtual_memory().total
+@pytest.mark.parametrize(("bound", "found"), [("1000\n", 1000), ("max\n", None), (None, None)])
+def test_the_memory_is_this_machine_s_or_the_container_s(monkeypatch, tmp_path, bound, found):
+    if bound is not None:
+        (tmp_path / "memory.max").write_text(bound)
+    monkeypatch.setattr(base, "CONTAINER", tmp_path / "memory.max")
+    wanted = psutil.virtual_memory().total if found is None else found
+    assert base.memory() == wanted
 
 
 def test_every_completion_of_a_small_board_is_there_and_nothing_else():
