@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -246,14 +245,17 @@ def test_a_killed_sweep_goes_on_where_it_was(folder: Path) -> None:
     )  # fmt: skip
     progress = Path(".gram/sweeps/lr/run")
 
-    def finished() -> set[str]:
-        """Trials whose last report is in their files."""
-        done = set()
-        for path in progress.glob("trial_*/result.json"):
-            lines = path.read_text().splitlines()
-            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] == 200:
-                done.add(path.parent.name)
-        return done
+    def finished() -> set[int]:
+        """Trials that Tune has noted as ended: a moment after their last report, until when they
+        are in progress, and go on from a checkpoint."""
+        for path in progress.glob("experiment_state-*.json"):
+            try:
+                trials = [json.loads(t) for t, _ in json.loads(path.read_text())["trial_data"]]
+            except ValueError:  # it is just being written
+                continue
+            ended = (t["trial_id"] for t in trials if t["status"] == "TERMINATED")
+            return {int(name.rpartition("_")[2]) for name in ended}
+        return set()
 
     while len(finished()) < 2 and process.poll() is None:
         time.sleep(0.2)
@@ -262,11 +264,11 @@ def test_a_killed_sweep_goes_on_where_it_was(folder: Path) -> None:
     time.sleep(6)  # Ray's own processes end once they miss the driver
     assert not TABLE.exists()
     had = {}
-    for name in finished():
-        last = json.loads((progress / name / "result.json").read_text().splitlines()[-1])
-        found_number = re.match(r"trial_[0-9a-z]+_(\d{5})_", name)
-        assert found_number is not None
-        had[int(found_number[1])] = last["time_total_s"]
+    for number in finished():
+        (path,) = progress.glob(f"trial_*_{number:05d}_*/result.json")
+        last = json.loads(path.read_text().splitlines()[-1])
+        assert last["step"] == 200
+        had[number] = last["time_total_s"]
     assert 2 <= len(had) < 6
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", "sweep", "lr", "--resume"],
