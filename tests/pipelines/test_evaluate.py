@@ -15,6 +15,7 @@ from workspace import contents, make_data, make_run, params, write_params
 from gram_core import tables
 from gram_core.errors import GramError
 from gram_core.evaluate.bound import bound
+from gram_core.evaluate.metrics import ratio
 from gram_core.model.store import load_model
 from gram_core.noise import step_noise, trajectory_key
 from pipelines import evaluate as stage
@@ -181,18 +182,13 @@ def test_bounds_are_means_over_the_test_pairs_each_with_noise_of_its_own(
     for name, values in each.items():
         assert found[name] == pytest.approx(np.mean(values), rel=1e-5), name
         assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
-    # Resampled input by input, by another generator: as wide, but for chance.
-    rng, of_input = np.random.default_rng(99), sorted(set(inputs))
-    sums = np.array(
-        [
-            [sum(v for v, i in zip(each["bound"], inputs, strict=True) if i == name),
-             inputs.count(name)]
-            for name in of_input
-        ]
-    )  # fmt: skip
-    drawn = sums[rng.integers(len(of_input), size=(4000, len(of_input)))].sum(1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
-    assert found["bound_high"] - found["bound_low"] == pytest.approx(high - low, rel=0.3)
+    # An input's pairs are resampled together.
+    own = [[v for v, i in zip(each["bound"], inputs, strict=True) if i == name] for name in
+           sorted(set(inputs))]  # fmt: skip
+    sums, sizes = np.array([sum(values) for values in own]), np.array([len(v) for v in own])
+    wanted = ratio(sums, sizes.astype(float), 100, 3, share=False)
+    assert found["bound_low"] == pytest.approx(wanted.low, rel=1e-5)
+    assert found["bound_high"] == pytest.approx(wanted.high, rel=1e-5)
 
 
 def test_some_pairs_stand_for_all_where_there_are_more(
