@@ -25,12 +25,13 @@ from pipelines import storage
 from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers
 from pipelines.params import RESULTS, WORK
-from pipelines.provenance import provenance
+from pipelines.provenance import computer, provenance
 from pipelines.runtime import cluster_address, device_name, say
 from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
 from pipelines.train import Job, build_module, fingerprint, job_of, work
 
 SETTINGS = "sweep.json"
+COMPUTER = "computer"  # what a report was computed on
 CRASHES = 2  # of a trial's process that it goes on after
 # Checkpoints of a trial: what Tune has written of a sweep's state may be a few checkpoints old when
 # it is killed, and is of no use if it names one that is gone.
@@ -38,16 +39,18 @@ KEPT = 10
 
 
 class TrialStore:
-    """A trial's checkpoints, kept by Ray Tune, and its reports: a `Store` and a `Report`.
+    """A trial's checkpoints, kept by Ray Tune, and its reports: a `Store` and a `Report`. Each
+    report says what it was computed on.
 
     Tune takes a checkpoint only together with a report, so the report of a checkpoint's iteration
     waits for it. What a trial was given to go on from it does not report again.
     """
 
-    def __init__(self, every: int, steps: int) -> None:
+    def __init__(self, every: int, steps: int, on: Mapping[str, Any]) -> None:
         from ray import tune
 
         self.every, self.steps = every, steps
+        self.on = {COMPUTER: json.dumps(on)}
         self.pending: dict[str, float] | None = None
         self.found: Found | None = None
         self.seen = 0
@@ -69,7 +72,7 @@ class TrialStore:
         if step % self.every == 0 and step < self.steps:
             self.pending = row
         else:
-            tune.report(dict(row))
+            tune.report({**row, **self.on})
 
     def write(self, name: str, files: Mapping[str, bytes]) -> None:
         from ray import tune
@@ -77,7 +80,8 @@ class TrialStore:
         with tempfile.TemporaryDirectory() as folder:
             for file, content in files.items():
                 (Path(folder) / file).write_bytes(content)
-            tune.report(dict(self.pending or {}), checkpoint=tune.Checkpoint.from_directory(folder))
+            given = tune.Checkpoint.from_directory(folder)
+            tune.report({**(self.pending or {}), **self.on}, checkpoint=given)
         self.pending = None
 
     def newest(self) -> Found | None:
@@ -100,9 +104,10 @@ def trial(
     compute_with(config.cpus)
     module = build_module(job, device_name(config.gpus))
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
-    store = TrialStore(job.train.checkpoint_every, job.train.steps)
+    on = computer(config.cpus, config.gpus)
+    store = TrialStore(job.train.checkpoint_every, job.train.steps, on)
     # Where PBT gives a trial another's checkpoint, settings differ: they do not identify it.
-    work(engine, job, rows, store, store.report, identity="sweep")
+    work(engine, job, rows, store, store.report, [on], identity="sweep")
 
 
 def sweep(name: str, *, resume: bool = False) -> int:
@@ -186,7 +191,7 @@ def sweep(name: str, *, resume: bool = False) -> int:
         "metric": config.metric,
         "mode": config.mode,
         "settings": dump(config),
-        **provenance(config.seed),
+        **provenance(config.seed, _computers(grid)),
     }
     tables.write(path, table, tables.trials_schema(), written)
     if grid.num_errors:
@@ -337,6 +342,13 @@ def _begun(result: Any) -> float:
         return math.inf
     first = frame.iloc[0]
     return float(first["timestamp"] - first["time_total_s"])
+
+
+def _computers(grid: Any) -> list[dict[str, Any]]:
+    """What the trials' reports were computed on."""
+    frames = [result.metrics_dataframe for result in grid]
+    told = [frame[COMPUTER].dropna() for frame in frames if frame is not None and COMPUTER in frame]
+    return [json.loads(text) for column in told for text in column.unique()]
 
 
 def trials_table(name: str, grid: Any) -> pa.Table:

@@ -102,12 +102,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training hands back: averaged weights, the logged rows, and what the workers that ended
-    it computed on."""
+    """What training hands back: averaged weights, the logged rows, and what all workers that had a
+    part in it computed on."""
 
     weights: dict[str, torch.Tensor]
     history: list[dict[str, float]]
-    computers: Sequence[dict[str, Any]] = ()
+    computers: Sequence[dict[str, Any]]
 
 
 def build_module(job: Job, device: str) -> Supervised:
@@ -136,14 +136,16 @@ def work(
     examples: Examples,
     store: Store,
     report: Report,
+    computers: Sequence[dict[str, Any]],
     identity: str | None = None,
 ) -> Trained:
-    """Train on this worker; every worker returns the same averaged weights. `identity` says which
-    checkpoints in `store` are this run's, where its `fingerprint` shall not."""
-    checkpoints = Checkpoints(store, identity or fingerprint(job, examples))
+    """Train on this worker; every worker returns the same averaged weights. `computers` are the
+    workers'; `identity` says which checkpoints in `store` are this run's, where its `fingerprint`
+    shall not."""
+    checkpoints = Checkpoints(store, identity or fingerprint(job, examples), computers)
     slots = make_slots(engine, examples, job.train)
     ema, progress = train(engine, slots, job.train, checkpoints, report)
-    return Trained(averaged(engine, ema), progress.history)
+    return Trained(averaged(engine, ema), progress.history, progress.workers)
 
 
 def fingerprint(job: Job, examples: Examples) -> str:
@@ -181,8 +183,7 @@ def train_here(job: Job, place: StorageConfig, report: Report) -> Trained:
     module = build_module(job, device_name())
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
     rows = examples(job.data, job.task, "train", job.identifiers)
-    trained = work(engine, job, rows, checkpoint_store(job, place), report)
-    return replace(trained, computers=[computer(cores)])
+    return work(engine, job, rows, checkpoint_store(job, place), report, [computer(cores)])
 
 
 def ray_worker(config: dict[str, Any]) -> Trained:
@@ -203,10 +204,9 @@ def ray_worker(config: dict[str, Any]) -> Trained:
             rows = examples(job.data, job.task, "train", job.identifiers, folder)
     else:
         rows = config["examples"]
-    trained = work(engine, job, rows, store, report)
     computers: list[Any] = [None] * engine.world
     torch.distributed.all_gather_object(computers, computer(config["cores"]))
-    return replace(trained, computers=computers)
+    return work(engine, job, rows, store, report, computers)
 
 
 def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:

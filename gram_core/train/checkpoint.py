@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,10 +38,12 @@ class CheckpointError(GramError):
 
 @dataclass
 class Progress:
-    """How far a run has come: optimiser steps done, and the logged rows so far."""
+    """How far a run has come: optimiser steps done, the logged rows so far, and what the workers
+    computed on."""
 
     iteration: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    workers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,12 @@ def damaged(where: str, error: Exception) -> CheckpointError:
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run in `store`; `fingerprint` identifies its settings and data, so
-    that a checkpoint of other settings is never resumed."""
+    that a checkpoint of other settings is never resumed. `workers` say what they compute on: a run
+    that others began was made by those and these."""
 
     store: Store
     fingerprint: str
+    workers: Sequence[dict[str, Any]] = ()
 
     def save(self, engine: Engine, slots: Slots, ema: EMA, progress: Progress) -> None:
         """Write a checkpoint. Every worker calls this; the first one writes.
@@ -160,14 +164,15 @@ class Checkpoints:
         Raises `CheckpointError` where the newest is damaged.
         """
         found = self.store.newest()
+        fresh = Progress(workers=list(self.workers))
         if found is None:
-            return Progress()
+            return fresh
         try:
             meta = dict(json.loads(found.files[META]))
             if meta["version"] == VERSION and meta.pop("own") != _checksum(_bytes(meta)):
                 raise ValueError(f"{META} does not match its checksum")
             if meta["version"] != VERSION or meta["fingerprint"] != self.fingerprint:
-                return Progress()
+                return fresh
             tensors = {}
             for name, checksum in meta["sha256"].items():
                 if _checksum(found.files[name]) != checksum:
@@ -180,7 +185,9 @@ class Checkpoints:
             whole = [average[str(index)] for index in range(len(average))]
             for mine, saved in zip(ema.average, engine.shares(whole), strict=True):
                 mine.copy_(saved)
-            return Progress(meta["iteration"], meta["history"])
+            before = meta.get("workers", [])
+            others = [worker for worker in self.workers if worker not in before]
+            return Progress(meta["iteration"], meta["history"], [*before, *others])
         except torch.OutOfMemoryError:
             raise
         except DAMAGE as error:

@@ -27,8 +27,9 @@ from gram_core.errors import GramError
 from pipelines.cluster import cluster
 from pipelines.params import FILE, read_params
 from pipelines.promote import promotion
+from pipelines.provenance import computer
 from pipelines.space import load_sweep, run_with
-from pipelines.sweep import _fits, _optuna, _place, _texts, sweep, trials_table
+from pipelines.sweep import _computers, _fits, _optuna, _place, _texts, sweep, trials_table
 
 TABLE = Path("results/sweeps/lr/trials.parquet")
 SPACE = {"train.optim.lr": {"loguniform": [1e-3, 1e-2]}, "objective.beta": {"choice": [0.5, 2.0]}}
@@ -89,6 +90,7 @@ def test_table_has_a_row_a_trial_and_report(at: Path) -> None:
     made = tables.provenance(tables.read(TABLE, "trials"))
     assert (made["run"], made["metric"], made["mode"]) == ("tiny", "prior_valid", "max")
     assert made["seed"] == 0 and made["packages"]["ray"] != "absent"
+    assert made["workers"] == [computer(1)], "a trial has one core"
     assert not Path(".gram/sweeps/lr").exists(), "what was in progress is gone"
 
 
@@ -145,6 +147,20 @@ def test_a_report_without_the_metric_does_not_end_optunas_search() -> None:
     (trial,) = search._ot_study.trials
     assert trial.intermediate_values == {2: 0.25}
     assert trial.value == 0.25
+
+
+def test_reports_tell_what_they_were_computed_on() -> None:
+    """Those of an older program, and trials without any, tell nothing."""
+    here, there = {"machine": "here", "threads": 1}, {"machine": "there", "threads": 2}
+    frames = [
+        None,
+        pd.DataFrame(),
+        pd.DataFrame({"step": [2]}),
+        pd.DataFrame({"step": [2, 4, 6], "computer": [None, json.dumps(here), json.dumps(here)]}),
+        pd.DataFrame({"step": [2, 4], "computer": [json.dumps(there), json.dumps(here)]}),
+    ]
+    told = _computers([SimpleNamespace(metrics_dataframe=frame) for frame in frames])
+    assert told == [here, there, here]
 
 
 def test_a_report_has_the_values_of_its_time() -> None:

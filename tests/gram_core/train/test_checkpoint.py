@@ -79,6 +79,19 @@ def test_a_resumed_run_takes_up_the_newest_checkpoint_and_keeps_no_other(make_ru
     assert [row["step"] for row in progress.history] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_tells_of_all_workers_that_had_a_part_in_it(make_run, tmp_path):
+    """Of those that began it, too, however often it is gone on with; a run alone of its own."""
+    here, there = {"machine": "here", "threads": 2}, {"machine": "there", "threads": 2}
+    store = FolderStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        make_run().go(Checkpoints(store, "a", [here, here]), kill_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        make_run(steps=9).go(Checkpoints(store, "a", [there]), kill_at=8)
+    resumed = make_run(steps=9).go(Checkpoints(store, "a", [here]))
+    assert resumed.progress.workers == [here, here, there]
+    assert make_run().go(Checkpoints(store, "b", [there])).progress.workers == [there]
+
+
 def fresh_ema(run) -> EMA:
     return EMA(run.engine.held(), run.config.ema, run.config.ema_warmup)
 
