@@ -18,6 +18,8 @@ struct AttentionCall {
     void* out;
     long batch, length, heads, channels;
     int half, threads;
+    // Threads that have a head to compute.
+    int team() const { return std::max(1L, std::min<long>(threads, batch * heads)); }
 };
 
 template <class T, int C>
@@ -28,7 +30,7 @@ int run(const AttentionCall& call) {
     Number* out = static_cast<Number*>(call.out);
     const long part = call.length * C * call.heads;  // numbers of q in one row of the batch
     std::atomic<int> failed{0};
-#pragma omp parallel num_threads(call.threads)
+#pragma omp parallel num_threads(call.team())
     {
         std::unique_ptr<Head<T, C>> head;
         std::unique_ptr<Gradient<T, C>> gradient;

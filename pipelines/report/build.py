@@ -149,7 +149,7 @@ def _render(
                 "own": results.own_rows(task, runs),
                 "comparison": results.comparison(task, runs),
                 "split": results.split_sentence(task),
-                "width": max(run.width for run in runs),
+                "width": results.widths(runs),
             }
             for task, runs in by_task
         ],

@@ -87,16 +87,20 @@ def depth(frame: pl.DataFrame, runs: Sequence[str], trained: Mapping[str, object
 
 
 def _gain(frame: pl.DataFrame, over: str, metric: str, what: str) -> str:
-    """The first half of a caption: how `metric` moves from the smallest to the largest x."""
-    parts = []
+    """The first half of a caption: how `metric` moves from each run's smallest to its largest x,
+    which is said once where it is the same for all."""
+    values, spans = [], []
     ordered = frame.filter(pl.col("metric") == metric).sort(over)
     for run in frame["run"].unique(maintain_order=True):
-        values = ordered.filter(pl.col("run") == run)["value"]
-        parts.append(f"{run} {values[0]:.0%} → {values[-1]:.0%}")
-    points = ordered[over].to_list()
+        own = ordered.filter(pl.col("run") == run)
+        first, last = own[over][0], own[over][-1]
+        spans.append(f"from {first} to {last}" if first < last else f"at {first}")
+        values.append(f"{run} {own['value'][0]:.0%} → {own['value'][-1]:.0%}")
     unit = "trajectories" if over == "width" else "supervision steps"
-    span = f"From {points[0]} to {points[-1]}" if points[0] < points[-1] else f"At {points[0]}"
-    return f"{span} {unit}, {what} is valid for {'; '.join(parts)}."
+    if len(set(spans)) > 1:
+        each = "; ".join(f"{value} {span}" for value, span in zip(values, spans, strict=True))
+        return f"With {unit}, {what} is valid for {each}."
+    return f"{spans[0].capitalize()} {unit}, {what} is valid for {'; '.join(values)}."
 
 
 def _scaling(

@@ -178,6 +178,13 @@ def cell(run: RunInputs, name: str, *, optional: bool = False) -> Cell:
     return Cell(run.metric(key), run.metrics.get(f"{key}_low"), run.metrics.get(f"{key}_high"))
 
 
+def widths(runs: Sequence[RunInputs]) -> str:
+    """N of the runs' numbers: one, or each run's."""
+    if len({run.width for run in runs}) == 1:
+        return str(runs[0].width)
+    return ", ".join(f"{run.width} ({run.name})" for run in runs)
+
+
 def metric_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[MetricRow]:
     """The results table of one task's runs; without an input there is nothing to choose among
     answers for, and without a rule nothing is valid."""

@@ -6,9 +6,9 @@ import numpy as np
 import polars as pl
 
 from gram_core.tasks.nqueens import QUEEN
-from pipelines.report import boards, paper
+from pipelines.report import boards, figures, paper
 from pipelines.report.gallery import choose
-from pipelines.report.results import Cell, duration, likelihood_rows
+from pipelines.report.results import Cell, duration, likelihood_rows, widths
 
 
 def puzzles(counts: list[int]) -> pl.DataFrame:
@@ -126,6 +126,25 @@ def test_bounds_without_an_interval_stand_alone() -> None:
         run.metric = run.metrics.__getitem__
     (row,) = likelihood_rows([whole, alone, SimpleNamespace(metrics={})])
     assert row.cells[:2] == ["-3.14 (-4.00 – -2.00)", "-3.14"]
+
+
+def test_runs_of_other_widths_are_said_to_be() -> None:
+    wide, narrow = SimpleNamespace(name="a", width=20), SimpleNamespace(name="b", width=4)
+    assert widths([wide, wide]) == "20"
+    assert widths([wide, narrow]) == "20 (a), 4 (b)"
+
+
+def test_a_caption_has_each_runs_own_span() -> None:
+    def gain(b_width: int) -> str:
+        points = [("a", 20, 0.9), ("a", 1, 0.25), ("b", 1, 0.5), ("b", b_width, 0.75)]
+        frame = pl.DataFrame(points, schema=["run", "width", "value"], orient="row")
+        frame = frame.with_columns(metric=pl.lit("any_valid"))
+        caption = figures.width(frame, []).caption
+        return caption[: caption.index(" Bands")]
+
+    valid = "the best of them by verifier is valid for a 25% → 90%"
+    assert gain(20) == f"From 1 to 20 trajectories, {valid}; b 50% → 75%."
+    assert gain(4) == f"With trajectories, {valid} from 1 to 20; b 50% → 75% from 1 to 4."
 
 
 def test_paper_rows() -> None:
