@@ -155,11 +155,14 @@ def _model_folder(run: str) -> Path:
 
 
 def _sampling(run: str) -> "SampleConfig | None":
-    """How params.yaml says to sample the run; None where it does not know the run."""
+    """How params.yaml says to sample the run, whose folder in models/ will do as well; None where
+    it does not know the run."""
     from gram_core.config import ConfigError
     from gram_core.sample.trajectory import SampleConfig
-    from pipelines.params import FILE, load_run, read_params
+    from pipelines.params import FILE, MODELS, load_run, read_params
 
+    if Path(run).absolute().parent == MODELS.absolute():
+        run = Path(run).name
     if not FILE.is_file() or run not in read_params()["runs"]:
         return None
     try:

@@ -53,7 +53,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
                 runtime_env={"env_vars": environment(), **(_code() if address else {})},
                 **alone,
             )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         raise GramError(f"cannot start {where}: {str(error).splitlines()[0]}") from None
     try:

@@ -99,6 +99,11 @@ def read_params(path: Path = FILE) -> dict[str, Any]:
     return dict(document)
 
 
+def trials_file(sweep: str) -> Path:
+    """Where a sweep's table lies."""
+    return RESULTS / "sweeps" / sweep / "trials.parquet"
+
+
 def load_task(name: str, path: Path = FILE) -> Task:
     """The task `name`. Raises `ConfigError`."""
     return _task(read_params(path), name, path)

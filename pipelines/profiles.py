@@ -7,7 +7,7 @@ Overrides are Hydra's, e.g. `runs.nqueens8_gram.train.seed=1`.
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.params import FILE
+from pipelines.params import FILE, read_params, trials_file
 from pipelines.runtime import entry, fail, say
 
 CONF = Path(__file__).parent / "conf"
@@ -44,6 +44,11 @@ def main(arguments: Sequence[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return fail(f"profile {profile}: {error}")
     say(f"{FILE}: the profile {profile}")
+    if not all(trials_file(name).exists() for name in read_params().get("sweeps", {})):
+        from pipelines.sweep import tables_of_all
+
+        for name in tables_of_all():
+            say(f"sweep {name} has not been run and has a table without rows: gram sweep {name}")
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from gram_core.errors import GramError
-from pipelines.params import FILE, RESULTS, read_params
+from pipelines.params import FILE, read_params, trials_file
 from pipelines.report.sweeps import read_sweep
 from pipelines.space import put
 
@@ -15,7 +15,7 @@ from pipelines.space import put
 def promotion(name: str, path: Path = FILE) -> str:
     """A unified diff of params.yaml that gives the sweep's run the values of its best trial, below
     lines that say where they come from and how DVC takes them. Raises `GramError`."""
-    found = read_sweep(RESULTS / "sweeps" / name / "trials.parquet")
+    found = read_sweep(trials_file(name))
     best = found.best
     if best is None:
         raise GramError(f"sweep {name}: no trial reported {found.metric}")

@@ -140,20 +140,24 @@ def _metrics(tree: Path, runs: Sequence[str]) -> list[Path]:
 
 
 def _tell_packages(tree: Path) -> None:
-    """Say where installed packages are not those that the revision locks."""
+    """Say which installed packages are not those that the revision locks, and which of those that
+    bear on every result are absent."""
     from importlib.metadata import PackageNotFoundError, version
 
     lock = tree / "requirements.lock"
     if not lock.is_file():
         return
     locked = dict(line.split("==") for line in lock.read_text().splitlines() if "==" in line)
-    for name in PACKAGES:
+    others = []
+    for name, wanted in locked.items():
         try:
             have = version(name).partition("+")[0]
         except PackageNotFoundError:
-            have = "absent"
-        if name in locked and locked[name] != have:
-            say(f"note: {name} {have} is installed, the revision locks {locked[name]}")
+            have = "absent" if name in PACKAGES else wanted
+        if have != wanted:
+            others.append(f"{name} {have} (locked {wanted})")
+    if others:
+        say(f"note: packages other than the revision's lock: {', '.join(others)}")
 
 
 def _share(top: Path, tree: Path) -> None:

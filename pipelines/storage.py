@@ -49,11 +49,14 @@ class StorageConfig(Config, frozen=True, kw_only=True):
 
 def secret(address: str) -> bool:
     """Whether an address holds what may be a credential: a user before an @, a secret behind a
-    colon (it may contain slashes), a signature or token among the parameters of a URL."""
-    rest, _, query = address.partition("://")[2].partition("?")
+    colon (it may contain slashes; a bucket has no port), a signature or token among the parameters
+    of a URL."""
+    scheme, _, whole = address.partition("://")
+    rest, _, query = whole.partition("?")
     authority = rest.partition("/")[0]
     _, colon, port = authority.partition(":")
-    return "@" in authority or bool(colon and not port.isdecimal()) or bool(SECRET.search(query))
+    behind = bool(colon) and (scheme == "s3" or not port.isdecimal())
+    return "@" in authority or behind or bool(SECRET.search(query))
 
 
 def shown(address: str) -> str:

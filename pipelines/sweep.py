@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gram_core.train.objective import Terms
 from pipelines import storage
 from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers
-from pipelines.params import RESULTS, WORK
+from pipelines.params import WORK, read_params, trials_file
 from pipelines.provenance import computer, provenance
 from pipelines.runtime import cluster_address, device_name, say
 from pipelines.space import RANGES, SweepConfig, load_sweep, run_with, tune_space
@@ -184,16 +184,7 @@ def sweep(name: str, *, resume: bool = False) -> int:
         reason = " ".join(str(grid.errors[0]).split())[-200:]
         raise GramError(f"sweep {name}: every trial failed ({reason}); --resume tries them again")
     table = trials_table(name, grid)
-    path = RESULTS / "sweeps" / name / "trials.parquet"
-    written = {
-        "sweep": name,
-        "run": config.run,
-        "metric": config.metric,
-        "mode": config.mode,
-        "settings": dump(config),
-        **provenance(config.seed, _computers(grid)),
-    }
-    tables.write(path, table, tables.trials_schema(), written)
+    _write(name, config, table, _computers(grid))
     if grid.num_errors:
         say(
             f"sweep {name}: {grid.num_errors} of {len(grid)} trials failed; --resume tries them "
@@ -202,6 +193,30 @@ def sweep(name: str, *, resume: bool = False) -> int:
     else:
         storage.remove(place)
     return len(table)
+
+
+def tables_of_all() -> list[str]:
+    """Write a table without rows for each sweep of params.yaml that has none: DVC wants the outputs
+    of a frozen stage, too. Returns the names of these. Raises `ConfigError`."""
+    missing = [name for name in read_params().get("sweeps", {}) if not trials_file(name).exists()]
+    for name in missing:
+        config, _ = load_sweep(name)
+        _write(name, config, tables.trials_schema().empty_table(), [])
+    return missing
+
+
+def _write(
+    name: str, config: SweepConfig, table: pa.Table, computers: Iterable[Mapping[str, Any]]
+) -> None:
+    about = {
+        "sweep": name,
+        "run": config.run,
+        "metric": config.metric,
+        "mode": config.mode,
+        "settings": dump(config),
+        **provenance(config.seed, computers),
+    }
+    tables.write(trials_file(name), table, tables.trials_schema(), about)
 
 
 def _place(name: str, config: SweepConfig) -> str:

@@ -84,8 +84,9 @@ class Table(Task):
                     raise TaskError(f"{config.test}: input of row {number} is a training input too")
         else:
             train, test = self._hold_out(*train)
-        counts = {"train_pairs": len(train[0]), "test_pairs": len(test[0])}
-        return Split(self._table(*train), self._table(*test), counts)
+        tables = self._table(*train), self._table(*test)
+        counts = {"train_pairs": len(tables[0]), "test_pairs": len(tables[1])}
+        return Split(*tables, counts)
 
     def _read(self, path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, uint8 [N, S]."""

@@ -79,8 +79,7 @@ class Sweep:
     @cached_property
     def best(self) -> Trial | None:
         """The trial with the best value, the first of them; None where there is no value."""
-        first = self.ranked()[0]
-        return first if first.place is not None else None
+        return next((trial for trial in self.ranked() if trial.place is not None), None)
 
     def ranked(self) -> list[Trial]:
         """Trials from the best to the worst, those without a value last, else as they started."""
@@ -106,9 +105,9 @@ class Sweep:
 
 
 def read_sweeps(root: Path) -> list[Sweep]:
-    """Every sweep that left a table of trials under `root`, by name."""
+    """Every sweep with trials in its table under `root`, by name."""
     paths = sorted((root / "results" / "sweeps").glob("*/trials.parquet"))
-    return [read_sweep(path) for path in paths]
+    return [sweep for sweep in map(read_sweep, paths) if sweep.trials]
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -174,8 +174,10 @@ def test_solve_samples_as_the_run_does(at: Path, capsys: pytest.CaptureFixture[s
     assert sampling is not None
     assert sampling == load_run("tiny").section("sample", type(sampling))
     assert sampling.all_depths == (1, 2, 3), "of params.yaml, not the defaults"
-    # A folder, an unknown run or a setting that cannot be: the defaults.
-    assert _sampling(str(at / "models" / "tiny")) is None
+    assert _sampling(str(at / "models" / "tiny")) == _sampling("models/tiny") == sampling
+    # A folder elsewhere, an unknown run or a setting that cannot be: the defaults.
+    assert _sampling(str(at / "elsewhere" / "tiny")) is None
+    assert _sampling("other") is None
     before = (at / "params.yaml").read_text()
     try:
         write_params(params(runs__tiny__sample__halt_threshold=2))

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import psutil
 import pytest
+import ray
 from nodes import environment_at, two_nodes
 from s3 import S3Server
 from workspace import child_environment, make_data, may_mount, params, write_params
 
+from gram_core.errors import GramError
 from pipelines.cluster import Board, carry_own_modules, cluster, worker_cores
 from pipelines.runtime import local
 
@@ -195,6 +198,17 @@ def test_a_cluster_that_is_not_there_is_one_line(data: Path) -> None:
     assert len(lines) == 1
     assert "no Ray cluster answers at 127.0.0.1:9" in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_that_wants_a_token_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**settings: Any) -> None:
+        raise ray.exceptions.AuthenticationError("no token")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(GramError) as caught, cluster():
+        pass
+    assert str(caught.value) == "cannot start the Ray cluster at auto: no token"
 
 
 def test_board_carries_messages_questions_and_errors() -> None:

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 from workspace import PARAMS, contents, params, write_params
 
+from gram_core import tables
 from gram_core.errors import GramError
 from gram_core.evaluate.metrics import EvaluateConfig
 from gram_core.sample.trajectory import SampleConfig
 from pipelines.evaluate import evaluate
-from pipelines.params import load_run, load_task, read_params
+from pipelines.params import load_run, load_task, read_params, trials_file
 from pipelines.profiles import compose, main, profiles
+from pipelines.promote import promotion
+from pipelines.report.sweeps import read_sweeps
 from pipelines.sample import sample_run
 from pipelines.train import Job, train_run
 
@@ -244,3 +247,22 @@ def test_writing_a_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if line.startswith("error: ")] == errors[-2:]
     assert contents(folder) == before
+
+
+def test_a_sweep_that_was_not_run_has_a_table_without_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC asks for the output of a frozen stage, and would end before the report."""
+    assert main(["cpu"]) == 0
+    told = "sweep nqueens8 has not been run and has a table without rows: gram sweep nqueens8"
+    assert told in capsys.readouterr().err
+    path = trials_file("nqueens8")
+    table = tables.read(path, "trials")
+    assert len(table) == 0 and tables.provenance(table)["run"] == "nqueens8_gram"
+    assert read_sweeps(folder) == []
+    with pytest.raises(GramError, match="sweep nqueens8: no trial reported prior_valid"):
+        promotion("nqueens8")
+    path.write_bytes(b"of a sweep that was run")
+    assert main(["cpu"]) == 0
+    assert path.read_bytes() == b"of a sweep that was run"
+    assert told not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from checkout import PIPELINE, commit, copy_code, git
 from workspace import PARAMS, child_environment, write_params
 
 from gram_core.errors import GramError
-from pipelines.reproduce import Difference, _alone, _metrics, compare, reproduce
+from pipelines.reproduce import Difference, _alone, _metrics, _tell_packages, compare, reproduce
 
 METRICS = Path("results/tiny/metrics.json")
 
@@ -100,6 +101,26 @@ def test_results_of_no_run_are_not_compared_with_themselves(
             _metrics(Path(), ["former"])
     finally:
         git(at, "reset", "-q", "--hard", "HEAD~1")
+
+
+def test_packages_other_than_the_locked_ones_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are installed in another version; an absent one only if every result names it."""
+    have = {"torch": "2.13.0+cpu", "numpy": "2.0.0", "numba": "0.60.0"}
+
+    def installed(name: str) -> str:
+        if name not in have:
+            raise PackageNotFoundError(name)
+        return have[name]
+
+    monkeypatch.setattr("importlib.metadata.version", installed)
+    _tell_packages(tmp_path)
+    locked = ["torch==2.13.0", "numpy==2.0.0", "numba==0.61.0", "ray==2.60.0", "ruff==1.0"]
+    (tmp_path / "requirements.lock").write_text("\n".join(locked) + "\n")
+    _tell_packages(tmp_path)
+    told = "numba 0.60.0 (locked 0.61.0), ray absent (locked 2.60.0)"
+    assert capsys.readouterr().err == f"note: packages other than the revision's lock: {told}\n"
 
 
 def test_other_revisions_and_runs_are_refused(at: Path) -> None:

@@ -121,7 +121,7 @@ def test_an_address_that_cannot_be_reached_is_named(server: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "https://me:HUSH@host/x.csv", "s3://KEY:a/HUSH@bucket/x", "s3://KEY:HUSH/bucket/x",
+        "https://me:HUSH@host/x.csv", "s3://KEY:1/HUSH@bucket/x", "s3://KEY:HUSH/bucket/x",
         "https://host/x.csv?X-Amz-Credential=KEY&X-Amz-Signature=HUSH", "https://h/x?token=HUSH",
     ],
 )  # fmt: skip

@@ -83,6 +83,8 @@ def test_local_paths_and_file_addresses_work_alike(tmp_path: Path) -> None:
         ("s3://KEY:HUSH@bucket/x", "must not hold credentials"),
         ("s3://KEY:a/HUSH@bucket/x", r"^s3://\.\.\.@bucket/x: an address must not hold"),
         ("s3://KEY:HUSH/bucket", "must not hold credentials"),
+        ("s3://KEY:12/HUSH@bucket/x", r"^s3://\.\.\.@bucket/x: an address must not hold"),
+        ("s3://KEY:12/HUSH", r"^s3://\.\.\.: an address must not hold"),
         ("s3://bucket/a/../../b", r"must not contain '\.\.'"),
         ("../outside", r"must not contain '\.\.'"),
         ("s3://", "not of the form s3://BUCKET/KEY"),
@@ -99,7 +101,7 @@ def test_addresses_of_other_kinds_are_refused(address: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["https://host/x", "s3://me:HUSH@bucket/x", "s3://me:a/HUSH@bucket/x", "here"]
+    "address", ["https://host/x", "s3://me:HUSH@bucket/x", "s3://me:1/HUSH@bucket/x", "here"]
 )
 def test_settings_name_buckets_only(folder: Path, address: str) -> None:
     write_params({**PARAMS, "storage": {"checkpoints": address}})

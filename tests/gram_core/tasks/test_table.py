@@ -123,6 +123,14 @@ def test_a_compiled_caller_leaves_the_verifier_uncompiled(latin: dict[str, Any])
     assert compiled(seen).tolist() == [True, True, True]
 
 
+def test_pairs_that_are_there_twice_count_once(latin: dict[str, Any]) -> None:
+    rows = pl.read_parquet(latin["train"])
+    pl.concat([rows, rows[:5]]).write_parquet(latin["train"])
+    split = task_of(latin).generate(Path)
+    assert split.metadata == {"train_pairs": len(split.train), "test_pairs": len(split.test)}
+    assert len(split.train) + len(split.test) == 12
+
+
 def test_without_a_verifier_nothing_is_verified(latin: dict[str, Any]) -> None:
     assert not task_of(latin, verifier=None).verifies
 
