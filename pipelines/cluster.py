@@ -98,6 +98,17 @@ def worker_cores(workers: int, wanted: int | None, least: int | None = None) -> 
     return cores
 
 
+def check_gpus(workers: int, each: float) -> None:
+    """Raise `GramError` where a local Ray has not the GPUs that so many workers ask for: they would
+    be waited for without end. A cluster may grow."""
+    have = ray.cluster_resources().get("GPU", 0)
+    if workers * each > have and not cluster_address():
+        raise GramError(
+            f"{workers} workers of {each:g} GPUs do not fit on this machine, whose Ray has "
+            f"{have:g}; ask for fewer workers or GPUs"
+        )
+
+
 def has_gpus() -> bool:
     """Whether any node has a GPU for workers."""
     return bool(ray.cluster_resources().get("GPU", 0) >= 1)

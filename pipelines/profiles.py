@@ -39,9 +39,11 @@ def main(arguments: Sequence[str]) -> int:
     profile, *overrides = arguments or ["cpu"]
     if profile not in profiles():
         return fail(f"no profile {profile!r}; there are: {', '.join(profiles())}")
+    if any(override.lstrip("+~").partition("=")[0] == "profile" for override in overrides):
+        return fail("the profile comes first and alone: python -m pipelines.profiles PROFILE")
     try:
         compose(profile, FILE, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         return fail(f"profile {profile}: {error}")
     say(f"{FILE}: the profile {profile}")
     if not all(trials_file(name).exists() for name in read_params().get("sweeps", {})):

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -18,7 +19,7 @@ def promotion(name: str, path: Path = FILE) -> str:
     found = read_sweep(trials_file(name))
     best = found.best
     if best is None:
-        raise GramError(f"sweep {name}: no trial reported {found.metric}")
+        raise GramError(f"sweep {name}: has no trial, or none with a value of {found.metric}")
     if found.run not in read_params(path)["runs"]:
         raise GramError(f"sweep {name}: its run {found.run!r} is no longer in {path}")
     yaml = YAML()
@@ -29,26 +30,39 @@ def promotion(name: str, path: Path = FILE) -> str:
     )
     before = path.read_text()
     document = yaml.load(before)
+    entry = document["runs"][found.run]
+    # Hydra's for a key that the run does not write out: to append it.
+    plus = {key: "" if _there(entry, key) else "+" for key in best.params}
     for key, value in best.params.items():
-        put(document["runs"][found.run], key, value)
+        put(entry, key, value)
     after = _dumped(yaml, document)
-    patch = difflib.unified_diff(
-        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{path}", f"b/{path}"
-    )
+    old, new = (text.splitlines(keepends=True) for text in (before, after))
+    patch = "".join(difflib.unified_diff(old, new, f"a/{path}", f"b/{path}"))
     fixed = " ".join(f"{key}={value}" for key, value in found.fixed.items())
     overrides = [
-        f"runs.{found.run}.{key}={'null' if value is None else value}"
+        f"{plus[key]}runs.{found.run}.{key}={'null' if value is None else value}"
         for key, value in best.params.items()
     ]
     head = [
         f"# sweep {name}: {best.name}, best of {len(found.trials)} trials: {found.metric} "
         f"{best.value:.4g} at step {best.step}",
-        f"# apply: gram sweep {name} --promote | git apply   (and the same in the profile that",
+        f"# apply: gram sweep {name} --promote | git apply   (and the same in the profile that"
+        if patch
+        else f"# {path} has these values already (see to it that so has the profile that",
         "# params.yaml is composed from, pipelines/conf/profile/)",
         *([f"# every trial also had {fixed}; the patch leaves that to you"] if fixed else []),
         "# try: dvc exp run " + " ".join(f"-S {override}" for override in overrides),
     ]
-    return "\n".join(head) + "\n" + "".join(patch)
+    return "\n".join(head) + "\n" + patch
+
+
+def _there(node: object, key: str) -> bool:
+    """Whether a dotted key is written out."""
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _dumped(yaml: YAML, document: object) -> str:

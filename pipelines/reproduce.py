@@ -4,18 +4,17 @@ In a clean worktree of REV, DVC pulls what this checkout's cache or the remote h
 they have not; then every metric is compared with the one recorded at REV, by its interval.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from gram_core.errors import GramError
+from pipelines.lock import alone
 from pipelines.params import FILE, WORK, read_params
 from pipelines.provenance import PACKAGES
 from pipelines.runtime import say
@@ -59,23 +58,8 @@ def reproduce(revision: str, runs: Sequence[str], *, force: bool = False) -> int
         raise GramError(f"{revision}: no such revision in this repository")
     top = Path(_git(Path(), "rev-parse", "--show-toplevel"))
     tree = top / WORK / "reproduce" / commit[:12]
-    with _alone(top / WORK / "locks" / f"reproduce-{commit[:12]}"):
+    with alone(f"reproduce-{commit[:12]}", "another gram reproduce of this revision", top):
         return _compared(revision, commit, top, tree, runs, force=force)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock at `path`. Raises `GramError` where another process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GramError(
-                f"{path}: another gram reproduce of this revision is running in this checkout; "
-                "wait for it"
-            ) from None
-        yield
 
 
 def _compared(
@@ -85,7 +69,7 @@ def _compared(
     if _run(["git", "worktree", "add", "--detach", "--force", str(tree), commit], top):
         raise GramError(f"{revision}: git could not make a worktree at {tree}")
     try:
-        recorded = {path: json.loads((tree / path).read_text()) for path in _metrics(tree, runs)}
+        recorded = {path: _numbers(tree / path, revision) for path in _metrics(tree, runs)}
         if not recorded:
             raise GramError(f"{revision}: has no recorded metrics of any run")
         _tell_packages(tree)
@@ -108,6 +92,14 @@ def _compared(
         )
     )
     return 1 if outside else 0
+
+
+def _numbers(path: Path, revision: str) -> dict[str, float]:
+    """The metrics recorded at a revision. Raises `GramError` where they cannot be read."""
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GramError(f"{revision}: {path.name} of {path.parent.name}: {error}") from None
 
 
 def compare(recorded: dict[Path, dict[str, float]], tree: Path) -> Iterator[Difference]:

@@ -219,13 +219,14 @@ def sample_on_ray(
     from ray.util.annotations import RayDeprecationWarning
 
     from pipelines.alone import few_actors
-    from pipelines.cluster import Board, cluster, has_gpus, worker_cores
+    from pipelines.cluster import Board, check_gpus, cluster, has_gpus, worker_cores
 
     config = job.config
     least, most = config.workers
     with few_actors(), cluster():
         cores = worker_cores(most, config.cores, least)
         gpus = config.num_gpus if config.num_gpus is not None else float(has_gpus())
+        check_gpus(least, gpus)
         measure = calibrate
         if gpus and device_name() != "cuda":
             # This machine is not one of those that will do the work.

@@ -1,10 +1,12 @@
 """Sweeps as params.yaml describes them: which settings of a run are searched, and how.
 
-Checks everything before anything runs: every value that a sweep can choose is tried on the run's
-settings. Knows Ray Tune only where it makes its search space.
+Checks before anything runs: every value that a sweep can choose is tried on the run's settings, and
+of a grid every combination, to a thousand. Knows Ray Tune only where it makes its search space.
 """
 
 import copy
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,9 @@ LISTS = ("choice", "grid")
 MUTABLE = ("train.optim.", "objective.", "train.prior_slots", "train.ema")
 SHAPING = ("train.optim.name",)  # what an optimiser remembers is no other's
 SECTIONS = ("model.", "objective.", "train.")
+# Of these a trial, which is one process, has its own.
+SPREAD = ("train.engine", "train.workers", "train.zero_stage", "train.cores", "train.restarts")
+COMBINATIONS = 1000
 
 
 class SweepConfig(Config, frozen=True, kw_only=True):
@@ -62,6 +67,13 @@ class SweepConfig(Config, frozen=True, kw_only=True):
         if self.search == "optuna" and "grid" in kinds.values():
             odd = next(key for key, kind in kinds.items() if kind == "grid")
             raise ValueError(f"space.{odd}: search: optuna takes no 'grid'; use 'choice'")
+        keys = sorted([*self.space, *self.fixed])
+        for key, other in itertools.pairwise(keys):
+            if other == key or other.startswith(f"{key}."):
+                raise ValueError(f"{other}: is given twice, in space or fixed, also by {key}")
+        for key in keys:
+            if key in SPREAD:
+                raise ValueError(f"{key}: a trial is one process on `cpus` cores; leave it out")
         if self.metric not in Terms.names:
             raise ValueError(
                 f"metric: expected one of {', '.join(Terms.names)}, got {self.metric!r}"
@@ -103,19 +115,43 @@ def load_sweep(name: str, path: Path = FILE) -> tuple[SweepConfig, dict[str, Any
     config = load(SweepConfig, entry_of(params, "sweeps", name, path), where)
     for values in _extremes(config):
         try:
-            Job.of(run_with(params, config, values, path))
+            _check_trial(config, Job.of(run_with(params, config, values, path)))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     return config, params
 
 
+def _check_trial(config: SweepConfig, job: Job) -> None:
+    """Raise `ConfigError` where a trial would never report the metric, or has no checkpoints when
+    PBT asks for them."""
+    train = job.train
+    twin = job.model.guidance == "none"
+    follows = twin or train.prior_rows(job.model) > 0
+    if (config.metric == "kl" and twin) or (config.metric.startswith("prior_") and not follows):
+        raise ConfigError(f"metric: a run of these settings never reports {config.metric}")
+    often = config.grace * train.log_every
+    if config.scheduler == "pbt" and (
+        often % train.checkpoint_every or train.checkpoint_every >= train.steps
+    ):
+        raise ConfigError(
+            f"scheduler: pbt goes on from checkpoints every {often} iterations (grace times "
+            f"train.log_every), but train.checkpoint_every is {train.checkpoint_every} of "
+            f"{train.steps} steps; use one that {often} is a multiple of"
+        )
+
+
 def _extremes(config: SweepConfig) -> Iterator[dict[str, Any]]:
-    """Choices that together try the ends of every range and every listed value."""
-    lists = {}
+    """Choices that together try the ends of every range and every listed value; of a grid all, to
+    `COMBINATIONS`."""
+    lists: dict[str, list[Any]] = {}
     for key, spec in config.space.items():
         ((kind, values),) = spec.items()
         # What is drawn from a range is a float, its ends too.
         lists[key] = [float(v) for v in values] if kind in RANGES else list(values)
+    if config.search == "grid" and math.prod(map(len, lists.values())) <= COMBINATIONS:
+        for chosen in itertools.product(*lists.values()):
+            yield dict(zip(lists, chosen, strict=True))
+        return
     for row in range(max(map(len, lists.values()))):
         yield {key: values[row % len(values)] for key, values in lists.items()}
 

@@ -18,6 +18,8 @@ from pipelines.params import RESULTS, Run
 def write_submission(run: Run, path: Path) -> int:
     """Write the two best-voted answers to each test input; returns the number of tasks. Raises
     `GramError` where the run is not of an ARC task."""
+    if path.is_dir():
+        raise GramError(f"{path}: is a folder; name a file to write")
     if not isinstance(run.task, Arc):
         raise GramError(f"{run.where}: task {run.task_name!r} is not of kind arc")
     frame = pl.from_arrow(tables.read(RESULTS / run.name / "trajectories.parquet", "trajectories"))

@@ -24,6 +24,7 @@ from gram_core.train.objective import Terms
 from pipelines import storage
 from pipelines.compute import compute_with
 from pipelines.dataset import examples, identifiers
+from pipelines.lock import alone
 from pipelines.params import WORK, read_params, trials_file
 from pipelines.provenance import computer, provenance
 from pipelines.runtime import cluster_address, device_name, say
@@ -113,6 +114,11 @@ def trial(
 def sweep(name: str, *, resume: bool = False) -> int:
     """Run the sweep and write results/sweeps/NAME/trials.parquet; the number of its rows. With
     `resume`, go on with what a killed sweep left. Raises `GramError`."""
+    with alone(f"sweep-{name}", f"sweep {name}"):
+        return _sweep(name, resume=resume)
+
+
+def _sweep(name: str, *, resume: bool) -> int:
     from ray import tune
 
     from pipelines.cluster import cluster, has_gpus
@@ -223,7 +229,10 @@ def _place(name: str, config: SweepConfig) -> str:
     """Where the sweep in progress keeps its state: an s3:// address or an absolute path."""
     root = config.storage or str(WORK / "sweeps")
     path = storage.local(root)
-    return storage.join(root if path is None else str(path.expanduser().absolute()), name)
+    try:
+        return storage.join(root if path is None else str(path.expanduser().absolute()), name)
+    except RuntimeError:
+        raise GramError(f"sweep {name}: storage {root}: there is no such user") from None
 
 
 def _checked(params: Mapping[str, Any], config: SweepConfig) -> tuple[Job, Examples]:
@@ -316,7 +325,7 @@ def _optuna(seed: int) -> Any:
             if self.metric in result:
                 super().on_trial_result(trial_id, result)
 
-    return Search(seed=seed)
+    return Search(seed=seed % 2**32)  # numpy's
 
 
 def _scheduler(config: SweepConfig) -> Any:
@@ -324,7 +333,9 @@ def _scheduler(config: SweepConfig) -> Any:
 
     if config.scheduler == "asha":
         return AsyncHyperBandScheduler(
-            grace_period=config.grace, reduction_factor=config.reduction, max_t=1_000_000
+            grace_period=config.grace,
+            reduction_factor=config.reduction,
+            max_t=max(1_000_000, config.grace),
         )
     if config.scheduler == "pbt":
         # Of a list PBT takes a neighbour; a range it stretches, and must be kept in.

@@ -99,17 +99,16 @@ def scores(
     """`classifier_score` (Inception Score) and `classifier_distance` (Frechet distance to the
     training images) of generated images; `..._real` are the same of the test images, and
     `classifier_accuracy` is on the test images. A Frechet distance is larger for fewer images:
-    where G and M differ, the two distances are not on one scale."""
+    where G and M differ, the two distances are not on one scale; of one image there is none."""
     model = train_classifier(*train, side, steps, seed)
     made, real, held_out = (look(model, part) for part in (generated, train[0], test[0]))
     right = held_out.probabilities.argmax(1) == test[1].numpy()
-    return {
-        "classifier_score": inception_score(made.probabilities),
-        "classifier_distance": frechet_distance(made.features, real.features),
-        "classifier_score_real": inception_score(held_out.probabilities),
-        "classifier_distance_real": frechet_distance(held_out.features, real.features),
-        "classifier_accuracy": float(right.mean()),
-    }
+    found = {}
+    for suffix, seen in (("", made), ("_real", held_out)):
+        found[f"classifier_score{suffix}"] = inception_score(seen.probabilities)
+        if min(len(seen.features), len(real.features)) > 1:
+            found[f"classifier_distance{suffix}"] = frechet_distance(seen.features, real.features)
+    return {**found, "classifier_accuracy": float(right.mean())}
 
 
 def inception_score(probabilities: np.ndarray) -> float:

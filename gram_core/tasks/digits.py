@@ -101,7 +101,9 @@ def check_md5(path: Path, name: str, wanted: str) -> Path:
     """`path`, where its content has the checksum. Raises `TaskError`."""
     found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if found != wanted:
-        raise TaskError(f"{name}: MD5 {found}, the original has {wanted}; fetch it again")
+        raise TaskError(
+            f"{name}: MD5 {found}, the original has {wanted}; remove {path} to fetch it again"
+        )
     return path
 
 

@@ -278,7 +278,7 @@ class GraphColoring(Task):
         """Edges such as `1-2 1-3 2-4` (vertices from 1; blanks or commas between), uint8 [S]."""
         graph = np.full((self.n, self.n), NO_EDGE, dtype=np.uint8)
         for edge in text.replace(",", " ").split():
-            match = re.fullmatch(r"(\d+)-(\d+)", edge)
+            match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", edge)
             if match is None:
                 raise TaskError(f"{edge!r} is no edge; write edges as 1-2 1-3, vertices from 1")
             ends = sorted(int(end) for end in match.groups())

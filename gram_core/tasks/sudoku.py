@@ -90,6 +90,13 @@ class SudokuConfig(Config, frozen=True, kw_only=True, tag="sudoku", tag_field="k
     source: Hub | Files | Generated = Generated()
     augmentations: NonNegativeInt = 0
 
+    def __post_init__(self) -> None:
+        cells = self.size**2
+        if isinstance(self.source, Generated) and self.source.clues >= cells:
+            raise ValueError(
+                f"source.clues {self.source.clues} leaves no cell of {cells} blank; use fewer"
+            )
+
 
 @dataclass(frozen=True)
 class Symmetry:

@@ -29,6 +29,14 @@ class SudokuBoardsConfig(Config, frozen=True, kw_only=True, tag="sudoku_boards",
     size: Literal[4, 6, 9] = 9
     source: Hub | Files | Generated = Generated()
 
+    def __post_init__(self) -> None:
+        plain, source = Generated(), self.source
+        if isinstance(source, Generated) and (source.clues, source.guesses) != (
+            plain.clues,
+            plain.guesses,
+        ):
+            raise ValueError("source: clues and guesses are of puzzles; leave them out for boards")
+
 
 class SudokuBoards(Task):
     """The unconditional Sudoku task."""

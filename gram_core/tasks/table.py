@@ -178,7 +178,8 @@ class Table(Task):
     def _apply(self, inputs: np.ndarray, answers: np.ndarray) -> np.ndarray:
         assert self._rule is not None, "only a task with a verifier asks it"
         try:
-            valid = np.asarray(self._rule(inputs, answers))
+            # Copies: what a rule writes into is its own.
+            valid = np.asarray(self._rule(inputs.copy(), answers.copy()))
         except Exception as error:  # a user's code
             raise TaskError(
                 f"verifier {self.config.verifier}: raised {type(error).__name__}: {error}"
@@ -215,13 +216,16 @@ class Table(Task):
                 raise TaskError(f"{unknown!r} is no symbol; use {symbols}")
             tokens = [symbols.index(word) + 1 for word in words]
         else:
-            wrong = next((w for w in words if not w.isdecimal() or int(w) >= self.vocab), None)
+            wrong = next((w for w in words if not self._is_token(w)), None)
             if wrong is not None:
                 raise TaskError(f"{wrong!r} is no token; use numbers 0..{self.vocab - 1}")
             tokens = [int(word) for word in words]
         if len(tokens) != self.length:
             raise TaskError(f"puzzle has {len(tokens)} tokens, expected {self.length}")
         return np.array(tokens, dtype=np.uint8)
+
+    def _is_token(self, word: str) -> bool:
+        return word.isdecimal() and len(word) <= 9 and int(word) < self.vocab
 
     def render(self, tokens: np.ndarray) -> str:
         """The same notation, `columns` tokens a line; `?` for padding among symbols."""

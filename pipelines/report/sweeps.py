@@ -1,7 +1,7 @@
 """Hyperparameter sweeps: reads their tables of trials and reduces each trial to one row.
 
 A trial's value is the metric as the trial reported it last; one that reported none, or no finite
-one, has no place among the others. Knows no charts and no HTML.
+one, or failed, has no place among the others. Knows no charts and no HTML.
 """
 
 import json
@@ -50,8 +50,10 @@ class Trial:
 
     @property
     def place(self) -> float | None:
-        """The value, where it compares with others'."""
-        return self.value if self.value is not None and math.isfinite(self.value) else None
+        """The value, where it compares with others': a failed trial's is of before it failed."""
+        if self.state == "ERROR" or self.value is None or not math.isfinite(self.value):
+            return None
+        return self.value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from s3 import S3Server
 from workspace import child_environment, make_data, may_mount, params, write_params
 
 from gram_core.errors import GramError
-from pipelines.cluster import Board, carry_own_modules, cluster, worker_cores
+from pipelines.cluster import Board, carry_own_modules, check_gpus, cluster, worker_cores
 from pipelines.runtime import local
 
 pytestmark = pytest.mark.ray
@@ -211,7 +211,7 @@ def test_a_cluster_that_wants_a_token_is_one_line(monkeypatch: pytest.MonkeyPatc
     assert str(caught.value) == "cannot start the Ray cluster at auto: no token"
 
 
-def test_board_carries_messages_questions_and_errors() -> None:
+def test_board_carries_messages_questions_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     from gram_core.errors import GramError
@@ -243,6 +243,11 @@ def test_board_carries_messages_questions_and_errors() -> None:
         assert worker_cores(1, None) == 2
         with pytest.raises(GramError, match="3 workers of 1 CPU cores do not fit on this machine"):
             worker_cores(3, 1)
+        check_gpus(4, 0)
+        with pytest.raises(GramError, match=r"1 workers of 0\.5 GPUs do not fit on this machine"):
+            check_gpus(1, 0.5)
+        monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+        check_gpus(1, 1)  # a cluster may grow
     assert not [p for p in psutil.Process(os.getpid()).children() if "raylet" in p.name()]
 
 

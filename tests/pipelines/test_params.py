@@ -243,9 +243,10 @@ def test_writing_a_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert load_run("smoke_gram").entry["train"]["steps"] == 30
     before = contents(folder)
     assert main(["huge"]) == 1
-    assert main(["cpu", "runs.nowhere=1"]) == 1
+    assert main(["cpu", "runs.nowhere=1"]) == main(["cpu", "=3"]) == 1
+    assert main(["cpu", "profile=smoke"]) == main(["cpu", "+profile=smoke"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert [line for line in errors if line.startswith("error: ")] == errors[-2:]
+    assert [line for line in errors if line.startswith("error: ")] == errors[-5:]
     assert contents(folder) == before
 
 
@@ -260,7 +261,7 @@ def test_a_sweep_that_was_not_run_has_a_table_without_rows(
     table = tables.read(path, "trials")
     assert len(table) == 0 and tables.provenance(table)["run"] == "nqueens8_gram"
     assert read_sweeps(folder) == []
-    with pytest.raises(GramError, match="sweep nqueens8: no trial reported prior_valid"):
+    with pytest.raises(GramError, match="sweep nqueens8: has no trial, or none with"):
         promotion("nqueens8")
     path.write_bytes(b"of a sweep that was run")
     assert main(["cpu"]) == 0

@@ -10,6 +10,7 @@ import pytest
 from workspace import make_data, make_run, params, write_params
 
 from gram_core import tables
+from gram_core.errors import GramError
 from pipelines.dataset import examples, held_out, identifiers
 from pipelines.params import load_run
 from pipelines.quick import main, run_here
@@ -64,6 +65,8 @@ def test_arc_saves_its_identifiers_and_writes_a_submission(
     document = json.loads(Path("out.json").read_text())
     assert set(document) < set(about["identifiers"])
     assert set(document[min(document)][0]) == {"attempt_1", "attempt_2"}
+    with pytest.raises(GramError, match="is a folder; name a file"):
+        write_submission(load_run("smoke_arc"), Path())
     with pytest.raises(Exception, match="not of kind arc"):
         write_submission(load_run("smoke_sudoku"), Path("no.json"))
     assert not Path("no.json").exists()

@@ -11,7 +11,15 @@ from checkout import PIPELINE, commit, copy_code, git
 from workspace import PARAMS, child_environment, write_params
 
 from gram_core.errors import GramError
-from pipelines.reproduce import Difference, _alone, _metrics, _tell_packages, compare, reproduce
+from pipelines.lock import alone
+from pipelines.reproduce import (
+    Difference,
+    _metrics,
+    _numbers,
+    _tell_packages,
+    compare,
+    reproduce,
+)
 
 METRICS = Path("results/tiny/metrics.json")
 
@@ -123,6 +131,15 @@ def test_packages_other_than_the_locked_ones_are_told(
     assert capsys.readouterr().err == f"note: packages other than the revision's lock: {told}\n"
 
 
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD", "[1]", '{"a": "b"}', '{"a": null}', "\xff"])
+def test_recorded_metrics_that_are_none_are_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tiny" / "metrics.json"
+    path.parent.mkdir()
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(GramError, match=r"^HEAD: metrics\.json of tiny: "):
+        _numbers(path, "HEAD")
+
+
 def test_other_revisions_and_runs_are_refused(at: Path) -> None:
     with pytest.raises(GramError, match="nowhere: no such revision"):
         reproduce("nowhere", [])
@@ -137,8 +154,8 @@ def test_one_at_a_time(at: Path) -> None:
     """Beside another it would take away the worktree that is in use."""
     revision = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True)
     with (
-        _alone(Path(".gram/locks") / f"reproduce-{revision[:12]}"),
-        pytest.raises(GramError, match="another gram reproduce of this revision is running"),
+        alone(f"reproduce-{revision[:12]}", "this"),
+        pytest.raises(GramError, match="another gram reproduce of this revision is running in"),
     ):
         reproduce("HEAD", [])
     assert reproduce("HEAD", []) == 0

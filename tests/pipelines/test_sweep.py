@@ -19,17 +19,27 @@ import pyarrow as pa
 import pytest
 from ruamel.yaml import YAML
 from s3 import S3Server
-from workspace import child_environment, make_data, params, write_params
+from workspace import REPOSITORY, child_environment, make_data, params, write_params
 
 from gram_core import tables
 from gram_core.config import ConfigError
 from gram_core.errors import GramError
 from pipelines.cluster import cluster
+from pipelines.lock import alone
 from pipelines.params import FILE, read_params
 from pipelines.promote import promotion
 from pipelines.provenance import computer
 from pipelines.space import load_sweep, run_with
-from pipelines.sweep import _computers, _fits, _optuna, _place, _texts, sweep, trials_table
+from pipelines.sweep import (
+    _computers,
+    _fits,
+    _optuna,
+    _place,
+    _scheduler,
+    _texts,
+    sweep,
+    trials_table,
+)
 
 TABLE = Path("results/sweeps/lr/trials.parquet")
 SPACE = {"train.optim.lr": {"loguniform": [1e-3, 1e-2]}, "objective.beta": {"choice": [0.5, 2.0]}}
@@ -212,7 +222,7 @@ def test_the_best_trial_is_a_patch_that_applies(at: Path) -> None:
             "scheduler": "asha", "grace": 1, "trials": 6, "reduction": 2, "concurrent": 1,
             "metric": "reconstruction", "mode": "min",
         },
-        {"scheduler": "pbt", "grace": 3, "trials": 2},
+        {"scheduler": "pbt", "grace": 2, "trials": 2},
         {
             "search": "grid",
             "trials": 1,
@@ -349,6 +359,30 @@ def test_a_sweep_that_keeps_its_state_in_s3(folder: Path, tmp_path_factory: Any)
         ({"storage": "ftp://x/y"}, "cannot use ftp://"),
         ({"trails": 3}, "did you mean 'trials'"),
         ({"fixed": {"train.colour": 1}}, "train.colour: unknown key"),
+        ({"fixed": {"train.workers": 2}}, "train.workers: a trial is one process on `cpus` cores"),
+        ({"space": {"train.cores": {"choice": [1]}}}, "train.cores: a trial is one process"),
+        ({"fixed": {"train.optim.lr": 0.1}}, "train.optim.lr: is given twice"),
+        ({"fixed": {"train.optim": {}}}, "train.optim.lr: is given twice, .* by train.optim$"),
+        ({"scheduler": "pbt", "grace": 3}, r"every 6 iterations .* train.checkpoint_every is 4"),
+        (
+            {"scheduler": "pbt", "grace": 6, "fixed": {"train.checkpoint_every": 12}},
+            "train.checkpoint_every is 12 of 12 steps",
+        ),
+        ({"metric": "kl", "fixed": {"model.guidance": "none"}}, "never reports kl"),
+        (
+            {"fixed": {"train.prior_slots": 0, "objective.heads_on": "posterior"}},
+            "metric: a run of these settings never reports prior_valid",
+        ),
+        (
+            {
+                "search": "grid",
+                "space": {
+                    "objective.kl": {"grid": ["last", "every"]},
+                    "objective.rollout": {"grid": ["posterior", "prior"]},
+                },
+            },
+            "kl: every charges the uncharged transitions",
+        ),
         (
             {"space": {"train.optim.lr": {"choice": [0.1, None]}, "train.ema": {"choice": [0.9]}}},
             "train.optim.lr: Expected `float`, got `null`",
@@ -365,6 +399,26 @@ def test_a_sweep_that_cannot_be_is_one_line(
     assert "params.yaml: " in str(caught.value)
 
 
+def test_odd_settings_that_may_be(folder: Path) -> None:
+    """What numpy and Tune by themselves would end with a traceback."""
+    write_params(document(search="optuna", scheduler="asha", seed=2**32 + 1, grace=2_000_000))
+    config, _ = load_sweep("lr")
+    _optuna(config.seed)
+    _scheduler(config)
+    write_params(document(metric="prior_valid", fixed={"model.guidance": "none"}))
+    assert load_sweep("lr")[0].metric == "prior_valid", "every slot of a twin follows its prior"
+    write_params(document(storage="~nobody_of_this_name/x"))
+    with pytest.raises(GramError, match=r"^sweep lr: storage ~nobody_of_this_name/x: there is no"):
+        _place("lr", load_sweep("lr")[0])
+
+
+def test_one_sweep_of_a_name_at_a_time(folder: Path) -> None:
+    """Another would clear what the first one keeps of itself."""
+    write_params(document())
+    with alone("sweep-lr", "this"), pytest.raises(GramError, match="sweep lr is running in this"):
+        sweep("lr")
+
+
 def test_an_unknown_sweep_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no entry 'lr' in 'sweeps'; there are: none"):
         load_sweep("lr")
@@ -376,10 +430,50 @@ def test_promotion_without_a_table_is_one_line(folder: Path) -> None:
         promotion("lr")
 
 
+def trials(*trials: tuple[str, str, float], key: str = "train.optim.lr", run: str = "tiny") -> None:
+    """Write the sweep's table: of each trial its state, a value of `key`, and what it reported."""
+    rows = [
+        {"sweep": "lr", "trial": f"lr_{number}", "number": number, "state": state, "step": 2,
+         "seconds": 1.0, "params": [(key, value)], "metrics": [("prior_valid", reported)]}
+        for number, (state, value, reported) in enumerate(trials)
+    ]  # fmt: skip
+    about = {"run": run, "metric": "prior_valid", "mode": "max"}
+    table = pa.Table.from_pylist(rows, schema=tables.trials_schema())
+    tables.write(TABLE, table, tables.trials_schema(), about)
+
+
+def test_a_failed_trial_is_not_promoted(folder: Path) -> None:
+    """Its last report is of before it failed."""
+    write_params(document())
+    trials(("TERMINATED", "0.25", 0.5), ("ERROR", "0.75", 0.6))
+    assert "lr_0, best of 2 trials: prior_valid 0.5" in promotion("lr")
+    assert "0.75" not in promotion("lr")
+    trials(("ERROR", "0.75", 0.6))
+    with pytest.raises(GramError, match="sweep lr: has no trial, or none with a value"):
+        promotion("lr")
+
+
+def test_promotion_says_how_to_try_it(folder: Path) -> None:
+    """Hydra overrides what is written out, and appends what is not."""
+    write_params(document())
+    trials(("TERMINATED", "1", 0.5), key="train.steps")
+    assert "dvc exp run -S runs.tiny.train.steps=1\n" in promotion("lr")
+    assert "exploration" not in read_params()["runs"]["tiny"]["train"]
+    trials(("TERMINATED", "0.5", 0.5), key="train.exploration")
+    assert "dvc exp run -S +runs.tiny.train.exploration=0.5\n" in promotion("lr")
+
+
+def test_promotion_of_what_is_there_is_no_patch(folder: Path) -> None:
+    Path("params.yaml").write_text((REPOSITORY / FILE).read_text())
+    steps = read_params()["runs"]["nqueens8_gram"]["train"]["steps"]
+    trials(("TERMINATED", json.dumps(steps), 0.5), key="train.steps", run="nqueens8_gram")
+    told = promotion("lr")
+    assert "params.yaml has these values already" in told and "git apply" not in told
+    assert all(line.startswith("#") for line in told.splitlines())
+
+
 def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
     """A patch of the real params.yaml touches the promoted lines alone."""
-    from workspace import REPOSITORY
-
     Path("params.yaml").write_text((REPOSITORY / FILE).read_text())
     trial = {
         "sweep": "nqueens8", "trial": "a", "number": 0, "state": "TERMINATED", "step": 5,

@@ -1,5 +1,6 @@
 """Scores of images against closed forms and scipy."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,19 @@ def test_real_digits_score_better_than_noise(digits: tuple[torch.Tensor, torch.T
     assert made["classifier_distance"] > 3 * made["classifier_distance_real"]
     again = scores(noise, train, test, 8, steps=150, seed=0)
     assert made == again
+
+
+def test_one_image_has_no_distance(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    pixels, labels = digits
+    some, one = (pixels[:200], labels[:200]), (pixels[200:201], labels[200:201])
+    for generated, train, test, distances in (
+        (one[0], some, some, {"classifier_distance_real"}),
+        (some[0], some, one, {"classifier_distance"}),
+        (some[0], one, some, set()),
+    ):
+        found = scores(generated, train, test, 8, steps=2, seed=0)
+        assert {name for name in found if "distance" in name} == distances
+        assert all(map(math.isfinite, found.values()))
 
 
 def test_training_the_classifier_leaves_the_random_state_alone(

@@ -181,7 +181,13 @@ def test_parse_and_render(task: GraphColoring) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("1_2", "is no edge"), ("1-7", "vertices 1-6"), ("2-2", "vertices 1-6"), ("0-1", "1-6")],
+    [
+        ("1_2", "is no edge"),
+        ("1-7", "vertices 1-6"),
+        ("2-2", "vertices 1-6"),
+        ("0-1", "1-6"),
+        ("1-" + "2" * 5000, "is no edge"),
+    ],
 )
 def test_malformed_graphs(task: GraphColoring, text: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):

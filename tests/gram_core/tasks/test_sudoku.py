@@ -271,6 +271,15 @@ def test_settings_that_cannot_be() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             make_task({"kind": "sudoku", **settings_}, "tasks.s")
+    full = {"size": 4, "source": {"kind": "generate", "clues": 16}}
+    with pytest.raises(ConfigError, match="clues 16 leaves no cell of 16 blank"):
+        make_task({"kind": "sudoku", **full}, "tasks.s")
+    full["source"]["clues"] = 15
+    make_task({"kind": "sudoku", **full}, "tasks.s")
+    for unread in ({"clues": 9}, {"guesses": [0, 5]}):
+        source = {"kind": "generate", **unread}
+        with pytest.raises(ConfigError, match="clues and guesses are of puzzles"):
+            make_task({"kind": "sudoku_boards", "size": 4, "source": source}, "tasks.s")
 
 
 def test_the_hub_is_asked_for_its_two_files() -> None:

@@ -34,6 +34,12 @@ def wrong_shape(inputs, answers):
     return np.ones((len(answers), 2), bool)
 
 
+def writes(inputs, answers):
+    answers.reshape(-1, 3, 3).sort(axis=2)
+    inputs[:] = 0
+    return (answers.reshape(-1, 3, 3) == [1, 2, 3]).all((1, 2))
+
+
 def uncompiled(inputs, answers):
     return (inputs == answers + 1).all(1) & (not torch.compiler.is_compiling())
 
@@ -116,6 +122,18 @@ def test_the_verifier_decides(latin: dict[str, Any]) -> None:
     assert not task.verify(inputs, target.roll(1, 1)).any()
 
 
+def test_a_verifier_that_writes_changes_nothing(latin: dict[str, Any]) -> None:
+    plain, written = (task_of(latin, verifier=f"my_rules:{rule}") for rule in ("latin", "writes"))
+    rows = plain.generate(Path)
+    assert written.generate(Path).train.equals(rows.train)
+    inputs, target = (
+        torch.from_numpy(tables.tokens_numpy(rows.test[c]).copy()) for c in ("inputs", "target")
+    )
+    before = inputs.clone(), target.clone()
+    assert written.verify(inputs, target).all()
+    assert torch.equal(inputs, before[0]) and torch.equal(target, before[1])
+
+
 def test_a_compiled_caller_leaves_the_verifier_uncompiled(latin: dict[str, Any]) -> None:
     task = task_of(latin, verifier="my_rules:uncompiled")
     verify, seen = task.verify, torch.arange(12, dtype=torch.uint8).reshape(3, 4)
@@ -159,6 +177,8 @@ def test_parse_and_render(latin: dict[str, Any]) -> None:
             task.parse(text)
     with pytest.raises(TaskError, match="'5' is no token"):
         plain.parse("5 " * 9)
+    with pytest.raises(TaskError, match="is no token"):
+        plain.parse("1" * 5000 + " 1" * 8)  # longer than Python reads
 
 
 @pytest.mark.parametrize(
