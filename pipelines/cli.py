@@ -190,9 +190,10 @@ def _solve(chosen: argparse.Namespace) -> int:
     except TaskError as error:
         return fail(f"puzzle: {error}", code=2)
     verified = [answer for answer in answers if answer.verified]
+    drawn = sum(answer.count for answer in answers)  # fewer where the first valid one is the last
     for answer in answers if chosen.all or not verified else verified:
         mark = "verified" if answer.verified else "not verified"
-        print(f"{mark}, {answer.count} of {chosen.width} trajectories, value {answer.value:.2f}")
+        print(f"{mark}, {answer.count} of {drawn} trajectories, value {answer.value:.2f}")
         print(answer.text, end="\n\n")
     if not verified:
         say(f"none of {len(answers)} distinct answers was verified")

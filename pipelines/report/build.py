@@ -38,6 +38,11 @@ def build(
     answer (`sample.stop_when_verified`) are left out. Raises `ReportError` where a
     file is missing, damaged or without a number that the page needs.
     """
+    for name, settings in runs.items():
+        if not isinstance(settings, Mapping) or not settings.get("task"):
+            raise ReportError(f"params.yaml: runs.{name}: names no task")
+        if not isinstance(settings.get("sample", {}), Mapping):
+            raise ReportError(f"params.yaml: runs.{name}.sample: expected a mapping")
     # Where the first valid answer ends a puzzle there is nothing to compare with other runs.
     runs = {
         name: settings
@@ -48,9 +53,6 @@ def build(
         raise ReportError(
             "params.yaml: runs is empty, or all stop when verified; a report needs at least one run"
         )
-    for name, settings in runs.items():
-        if not settings.get("task"):
-            raise ReportError(f"params.yaml: runs.{name}: names no task")
     read = [read_run(root, name, settings) for name, settings in runs.items()]
     names = list(dict.fromkeys(run.task for run in read))
     read_tasks = [read_task(root, name, (tasks or {}).get(name, {})) for name in names]
@@ -58,12 +60,14 @@ def build(
     by_task = [(task, [run for run in read if run.task == task.name]) for task in read_tasks]
     shown = [(task, gallery.gallery(task, its)) for task, its in by_task if task.conditional]
     samples = [(task, gallery.samples(its)) for task, its in by_task if not task.conditional]
+    judged = [run.name for task, its in by_task for run in its if task.judged]
+    alone = [run.name for task, its in by_task for run in its if not task.conditional]
     frames = {
-        "training": series.training(read),
-        "width_scaling": series.scaling(read, "width"),
-        "depth_scaling": series.scaling(read, "depth"),
+        "training": series.training(read, judged),
+        "width_scaling": series.unchosen(series.scaling(read, "width"), alone),
+        "depth_scaling": series.unchosen(series.scaling(read, "depth"), alone),
         "by_solution_count": series.by_solutions(read),
-        "halting": series.halting(read),
+        "halting": series.halting(read, judged),
     }
     page = _render(
         read=read,
@@ -114,7 +118,7 @@ def _figures(
         )
         sections["width"].append((title, figures.width(width, names)))
         sections["depth"].append((title, figures.depth(depth, names, trained)))
-        if not count.is_empty():
+        if task.conditional and not count.is_empty():
             sections["solutions"].append((title, figures.solutions(count, names)))
     limits = {run.name: run.depths[-1] for _, runs in by_task for run in runs}
     sections["halting"] = [("", figures.halting(frames["halting"], limits))]
@@ -180,7 +184,9 @@ def _vega_bundle() -> str:
 
 def _script_json(value: object) -> str:
     """JSON that may stand inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    text = json.dumps(
+        value, ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False
+    )
     return text.replace("<", "\\u003c")
 
 

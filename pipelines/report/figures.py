@@ -54,6 +54,10 @@ def training(frame: pl.DataFrame, runs: Sequence[str]) -> Figure:
         "that end, on both sides; so is the prior's cross-entropy, where the posterior's is over "
         "all supervision steps, the poor first ones too."
     )
+    paths = frame["path"].unique().to_list()
+    if len(paths) == 1:
+        seen = {"prior": "is all there is at inference", "posterior": "sees the answer"}
+        caption = f"The {paths[0]}, which {seen[paths[0]]}. Shares are of trajectories that end."
     return Figure(caption, panels, run_keys(runs, frame), "training.csv", columns=2)
 
 
@@ -67,10 +71,15 @@ def _thin(frame: pl.DataFrame) -> pl.DataFrame:
 def width(frame: pl.DataFrame, runs: Sequence[str]) -> Figure:
     """What more trajectories buy, for every way to use them."""
     names = ("any_valid", "best_of_value", "majority", "first_halt", "coverage", "coverage_multi")
-    caption = _gain(frame, "width", "any_valid", "the best of them by verifier") + (
-        " Bands are 95% intervals over puzzles; a deterministic run is flat because its "
-        "trajectories are all the same."
-    )
+    if "any_valid" in frame["metric"]:
+        caption = _gain(
+            frame, "width", "any_valid", "the best of them by verifier is valid for"
+        ) + (
+            " Bands are 95% intervals over puzzles; a deterministic run is flat because its "
+            "trajectories are all the same."
+        )
+    else:  # one input: nothing is chosen
+        caption = _gain(frame, "width", "coverage", "what is found of all answers is, of")
     return _scaling(frame, runs, "width", names, caption, "width_scaling.csv")
 
 
@@ -78,7 +87,7 @@ def depth(frame: pl.DataFrame, runs: Sequence[str], trained: Mapping[str, object
     """What more supervision steps buy, at the largest width; `trained` has the number of steps
     that each run was trained with."""
     shown = ", ".join(f"{run} {trained[run]}" for run in frame["run"].unique(maintain_order=True))
-    caption = _gain(frame, "depth", "accuracy", "a single trajectory") + (
+    caption = _gain(frame, "depth", "accuracy", "a single trajectory is valid for") + (
         f" Trained with {shown} steps: a curve that rises beyond shows a recursion that goes on "
         "improving its answer."
     )
@@ -99,8 +108,8 @@ def _gain(frame: pl.DataFrame, over: str, metric: str, what: str) -> str:
     unit = "trajectories" if over == "width" else "supervision steps"
     if len(set(spans)) > 1:
         each = "; ".join(f"{value} {span}" for value, span in zip(values, spans, strict=True))
-        return f"With {unit}, {what} is valid for {each}."
-    return f"{spans[0].capitalize()} {unit}, {what} is valid for {'; '.join(values)}."
+        return f"With {unit}, {what} {each}."
+    return f"{spans[0].capitalize()} {unit}, {what} {'; '.join(values)}."
 
 
 def _scaling(
@@ -122,7 +131,7 @@ def _scaling(
 
 
 def _reference_lines(frame: pl.DataFrame, over: str, name: str) -> pl.DataFrame:
-    """What the metric would be for the two ideal solvers; runs of one task agree on it."""
+    """What the metric would be for the two ideal solvers, where the runs agree on it: at one N."""
     parts = [
         frame.filter(pl.col("metric") == f"{name}_{suffix}")
         .group_by(over)
@@ -131,7 +140,8 @@ def _reference_lines(frame: pl.DataFrame, over: str, name: str) -> pl.DataFrame:
         .with_columns(reference=pl.lit(reference))
         for suffix, reference in (("ideal", IDEAL), ("deterministic", SOLVER))
     ]
-    return pl.concat(parts)
+    lines = pl.concat(parts)
+    return lines.clear() if over == "depth" and frame["width"].n_unique() > 1 else lines
 
 
 def solutions(frame: pl.DataFrame, runs: Sequence[str]) -> Figure:
@@ -147,7 +157,10 @@ def solutions(frame: pl.DataFrame, runs: Sequence[str]) -> Figure:
             .sort("solution_count")
             for column, reference in (("ideal", IDEAL), ("deterministic", SOLVER))
         ]
-        shown = pl.concat(lines if name == "coverage" else lines[:1])
+        if name != "coverage":
+            shown = lines[0]
+        else:  # a sampler's at one N
+            shown = pl.concat(lines if part["width"].n_unique() == 1 else lines[1:])
         title = METRICS[name].partition(",")[0]
         panels.append(Panel(title, charts.by_count(part, runs, title, shown)))
     caption = (
@@ -166,7 +179,8 @@ def halting(frame: pl.DataFrame, limits: Mapping[str, int]) -> Figure:
         part = frame.filter(pl.col("run") == run)
         title = f"{run}: share of trajectories"
         panels.append(Panel(title, charts.histogram(part, limit, title)))
-    keys = [Key(label, colour, box=True) for label, colour in OUTCOMES.items()]
+    seen = set(frame["outcome"])
+    keys = [Key(label, colour, box=True) for label, colour in OUTCOMES.items() if label in seen]
     halted = frame.filter(pl.col("outcome") != "reached the limit")
     shares = {run: halted.filter(pl.col("run") == run)["share"].sum() for run in limits}
     told = "; ".join(f"{run} {share:.0%}" for run, share in shares.items())

@@ -61,6 +61,19 @@ class Puzzle:
     inputs: Tokens
     solutions: list[Tokens]
     runs: list[RunAnswers]
+    count: int  # of all solutions; 0: unknown
+
+    @property
+    def known(self) -> str:
+        """How many solutions there are, in words."""
+        if self.count:
+            return f"{self.count} solution{'s' * (self.count > 1)}"
+        return f"{len(self.solutions)} known" if self.solutions else "answer secret"
+
+    @property
+    def of(self) -> str:
+        """What is found is found of so many."""
+        return f" of {self.count}" if self.count else ""
 
 
 def choose(puzzles: pl.DataFrame, count: int) -> list[str]:
@@ -93,15 +106,15 @@ def gallery(task: TaskInputs, runs: Sequence[RunInputs], count: int = 6) -> list
         shared = shared.join(sampled, on="puzzle_id", how="semi")
     ids = task.test["puzzle_id"].to_numpy()
     inputs, targets = tokens_numpy(task.test["inputs"]), tokens_numpy(task.test["target"])
+    counts = dict(shared.select("puzzle_id", "solution_count").iter_rows())
     shown = []
     for name in choose(shared.sort("puzzle_id"), count):
         rows = np.flatnonzero(ids == name)
-        solutions = list(np.unique(targets[rows], axis=0))
-        shown.append(
-            Puzzle(
-                name, inputs[rows[0]], solutions, [_answers(run, name, solutions) for run in runs]
-            )
-        )
+        # A secret answer is padding alone.
+        solutions = [s for s in np.unique(targets[rows], axis=0) if s.any()]
+        count = int(counts[name])
+        answers = [_answers(run, name, solutions) for run in runs]
+        shown.append(Puzzle(name, inputs[rows[0]], solutions, answers, count))
     return shown
 
 

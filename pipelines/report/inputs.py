@@ -160,7 +160,7 @@ def read_task(root: Path, name: str, settings: Mapping[str, Any]) -> TaskInputs:
 
 def _json(path: Path, stage: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file; run {stage} (dvc repro)") from None
     except (OSError, ValueError) as error:
@@ -168,6 +168,10 @@ def _json(path: Path, stage: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ReportError(f"{path}: expected a JSON object")
     return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _history(path: Path, stage: str) -> pl.DataFrame:
@@ -182,6 +186,8 @@ def _history(path: Path, stage: str) -> pl.DataFrame:
         ) from None
     if frame.is_empty():
         raise ReportError(f"{path}: the training history has no rows")
+    if not frame.select(pl.all_horizontal(pl.all().is_finite().all())).item():
+        raise ReportError(f"{path}: the training history has numbers that are not finite")
     return frame
 
 

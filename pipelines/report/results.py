@@ -119,7 +119,7 @@ def own_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[OwnRow]:
                 found.setdefault(label, key)
     order = {label: rank for rank, label in enumerate(OWN)}
     return [
-        OwnRow(OWN.get(label, label), found[label], [_own_cell(run, label) for run in runs])
+        OwnRow(OWN.get(label, label), label, [_own_cell(run, label) for run in runs])
         for label in sorted(found, key=lambda label: order.get(label, len(order)))
     ]
 
@@ -190,6 +190,7 @@ def metric_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[MetricRow]:
     answers for, and without a rule nothing is valid."""
     rows = []
     widest = max(runs, key=lambda run: run.width)
+    alike = len({run.width for run in runs}) == 1  # a sampler's coverage is one of N
     # With one solution each, finding one is finding all.
     single = task.conditional and set(task.puzzles["solution_count"]) == {1}
     for name, title, explanation in ROWS:
@@ -201,7 +202,7 @@ def metric_rows(task: TaskInputs, runs: Sequence[RunInputs]) -> list[MetricRow]:
         cells = [cell(run, name, optional=optional) for run in runs]
         ideal = solver = Cell(1.0)
         if name.startswith("coverage"):
-            ideal = Cell(cell(widest, f"{name}_ideal", optional=True).share)
+            ideal = Cell(cell(widest, f"{name}_ideal", optional=True).share if alike else None)
             solver = Cell(cell(widest, f"{name}_deterministic", optional=True).share)
         if any(c.share is not None for c in cells):
             group = name in ("any_valid", "coverage")

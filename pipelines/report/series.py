@@ -4,7 +4,7 @@ Everything about metrics comes from `gram_core.evaluate.metrics`; nothing here k
 colours or HTML.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import polars as pl
 
@@ -22,7 +22,7 @@ def results(runs: Sequence[RunInputs]) -> pl.DataFrame:
     for run in runs:
         for key in run.metrics:
             if f"{key}_low" in run.metrics:
-                bounds = (run.metrics[f"{key}_low"], run.metrics[f"{key}_high"])
+                bounds = (run.metrics[f"{key}_low"], run.metrics.get(f"{key}_high"))
                 records.append((run.name, key, run.metrics[key], *bounds))
             elif not key.endswith(("_low", "_high")):
                 records.append((run.name, key, run.metrics[key], None, None))
@@ -30,13 +30,14 @@ def results(runs: Sequence[RunInputs]) -> pl.DataFrame:
     return pl.DataFrame(records, schema=schema, orient="row")
 
 
-def training(runs: Sequence[RunInputs]) -> pl.DataFrame:
-    """run, path, term, step, value. The path is `posterior` (it sees the answer) or `prior` (as
-    at inference); a model without guidance only has the latter, whose terms are over slots at the
-    end of their trajectories (its loss is over all slots)."""
+def training(runs: Sequence[RunInputs], judged: Collection[str]) -> pl.DataFrame:
+    """run, path, term, step, value; what is valid for `judged` runs alone. The path is `posterior`
+    (it sees the answer) or `prior` (as at inference); a model without guidance only has the latter,
+    whose terms are over slots at the end of their trajectories (its loss is over all slots)."""
     frames = []
     for run in runs:
-        names = {f"prior_{name}": ("prior", name) for name in (*SHARED_TERMS, "valid")}
+        terms = (*SHARED_TERMS, "valid") if run.name in judged else SHARED_TERMS
+        names = {f"prior_{name}": ("prior", name) for name in terms}
         if run.guided:
             names |= {name: ("posterior", name) for name in (*SHARED_TERMS, "kl")}
         for column, (path, term) in names.items():
@@ -71,6 +72,15 @@ def scaling(runs: Sequence[RunInputs], over: str) -> pl.DataFrame:
     return pl.DataFrame(records, schema={**schema, **INTERVAL}, orient="row")
 
 
+def unchosen(frame: pl.DataFrame, runs: Sequence[str]) -> pl.DataFrame:
+    """The rows of `scaling`, of `runs` those alone that a task with one input has: there is nothing
+    to choose an answer for, and an interval over one puzzle says nothing."""
+    its = pl.col("run").is_in(runs)
+    kept = pl.col("metric").is_in(["accuracy", "coverage", "coverage_ideal"])
+    bands = [pl.when(~its).then(pl.col(name)).alias(name) for name in ("low", "high")]
+    return frame.filter(~its | kept).with_columns(*bands)
+
+
 def by_solutions(runs: Sequence[RunInputs]) -> pl.DataFrame:
     """run, width, solution_count, puzzles, metric, value, low, high, and what an `ideal` uniform
     sampler of the true solutions and a perfect `deterministic` solver get at this width."""
@@ -91,17 +101,19 @@ def by_solutions(runs: Sequence[RunInputs]) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-def halting(runs: Sequence[RunInputs]) -> pl.DataFrame:
-    """run, steps, outcome, trajectories, share: when trajectories end at the largest depth."""
+def halting(runs: Sequence[RunInputs], judged: Collection[str]) -> pl.DataFrame:
+    """run, steps, outcome, trajectories, share: when trajectories end at the largest depth, and of
+    `judged` runs in what."""
     frames = []
-    outcome = (
-        pl.when(~pl.col("halted"))
-        .then(pl.lit("reached the limit"))
-        .when("valid")
-        .then(pl.lit("halted, valid"))
-        .otherwise(pl.lit("halted, not valid"))
-    )
     for run in runs:
+        said = ("halted, valid", "halted, not valid") if run.name in judged else ("halted",) * 2
+        outcome = (
+            pl.when(~pl.col("halted"))
+            .then(pl.lit("reached the limit"))
+            .when("valid")
+            .then(pl.lit(said[0]))
+            .otherwise(pl.lit(said[1]))
+        )
         rows = run.trajectories.filter(pl.col("depth") == run.trajectories["depth"].max())
         frames.append(
             rows.group_by("steps", outcome.alias("outcome"))

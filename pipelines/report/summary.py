@@ -22,6 +22,7 @@ COLUMNS = (
 )
 # What a task measures beside being valid, as it comes first in a run's metrics.
 OWN = {
+    "pass@2": "pass@2",
     "conflicts_value_total": "conflict edges, best by value",
     "novel": "new",
     "classifier_distance": "classifier distance",
@@ -102,7 +103,10 @@ def _number(found: Mapping[str, float], name: str, width: int) -> str:
 
 
 def _solver(found: Mapping[str, float], name: str, width: int) -> str:
-    return f"{100 * found.get(f'{name}_deterministic@{width}', 1.0):.1f}"
+    value = found.get(f"{name}_deterministic@{width}")
+    if value is None and name.startswith("coverage"):
+        return NONE
+    return f"{100 * (1.0 if value is None else value):.1f}"
 
 
 def main(arguments: Sequence[str]) -> None:

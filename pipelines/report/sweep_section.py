@@ -74,7 +74,7 @@ def summary(sweep: Sweep) -> str:
     total = sum(t.seconds for t in sweep.trials if t.seconds < float("inf"))
     return (
         f"Run {sweep.run}, {number} trial{'s' if number != 1 else ''}: {full} ran to the end, "
-        f"{early} stopped early (fewer reports than the longest trial’s {sweep.longest}), "
+        f"{early} stopped early (before the last of their steps), "
         f"{failed} failed{others}. Judged by {sweep.metric} as a trial reported it last, the "
         f"{BETTER[sweep.mode]} the better: {found}. "
         f"Wall time of all trials added up: {duration(total)}."

@@ -75,8 +75,8 @@ class Sweep:
 
     @cached_property
     def longest(self) -> int:
-        """The most reports that a trial made."""
-        return max(trial.reports for trial in self.trials)
+        """The last step that a trial reported."""
+        return max(trial.step for trial in self.trials)
 
     @cached_property
     def best(self) -> Trial | None:
@@ -102,7 +102,8 @@ class Sweep:
     def outcome(self, trial: Trial) -> str:
         """How a trial went, in words."""
         if trial.state == "TERMINATED":
-            return "ran to the end" if trial.reports == self.longest else "stopped early"
+            end = trial.params.get("train.steps", self.longest)
+            return "ran to the end" if trial.step == end else "stopped early"
         return "failed" if trial.state == "ERROR" else trial.state.lower()
 
 

@@ -16,6 +16,7 @@ REFERENCES: dict[str, list[float]] = {
 OUTCOMES = {
     "halted, valid": "var(--valid)",
     "halted, not valid": "var(--invalid)",
+    "halted": "var(--muted)",  # of a task without a rule
     "reached the limit": "var(--faint)",
 }
 CONFIG: Spec = {

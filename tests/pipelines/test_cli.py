@@ -85,7 +85,9 @@ def test_solve_asks_for_what_its_options_say(
 
     def solve(self: Solver, puzzle: str, width: int, **settings: int) -> list[Answer]:
         asked.append((puzzle, width, settings))
-        return [Answer(np.zeros(16), text == right, 1, 0.5, text) for text in (right, wrong)]
+        # One was not drawn, as where the first valid answer is the last.
+        found = ((right, width - 3), (wrong, 2))
+        return [Answer(np.zeros(16), text == right, count, 0.5, text) for text, count in found]
 
     monkeypatch.setattr(Solver, "solve", solve)
     assert main(["solve", "tiny", BOARD]) == 0
@@ -95,10 +97,10 @@ def test_solve_asks_for_what_its_options_say(
     assert asked == [
         (BOARD, 20, {"seed": 0}), (BOARD, 7, {"seed": 9, "depth": 5}),
     ]  # fmt: skip
-    assert some.out == f"verified, 1 of 20 trajectories, value 0.50\n{right}\n\n"
+    assert some.out == f"verified, 17 of 19 trajectories, value 0.50\n{right}\n\n"
     assert every.out == (
-        f"verified, 1 of 7 trajectories, value 0.50\n{right}\n\n"
-        f"not verified, 1 of 7 trajectories, value 0.50\n{wrong}\n\n"
+        f"verified, 4 of 6 trajectories, value 0.50\n{right}\n\n"
+        f"not verified, 2 of 6 trajectories, value 0.50\n{wrong}\n\n"
     )
     for err in (some.err, every.err):
         assert err.endswith("1 verified of 2 distinct answers\n")

@@ -14,6 +14,7 @@ from gram_core.errors import GramError
 from pipelines.dataset import examples, held_out, identifiers
 from pipelines.params import load_run
 from pipelines.quick import main, run_here
+from pipelines.report.build import build
 from pipelines.submission import write_submission
 
 
@@ -102,6 +103,12 @@ def test_secret_answers_are_answered_and_not_scored(
     assert all(math.isfinite(value) for value in found.values())
     assert write_submission(load_run("tiny"), Path("out.json")) == 1
     assert set(json.loads(Path("out.json").read_text())) == {"evaluation"}
+    runs, tasks = (document[section] for section in ("runs", "tasks"))
+    build(Path(), runs, Path("report"), tasks)
+    page = Path("report/index.html").read_text()
+    assert "answer secret" in page and "found 0;" in page
+    gallery = pl.read_csv("report/tables/gallery.csv")
+    assert not [a for a in gallery["answer"] if set(a.split()) == {"0"}]
 
 
 def test_the_report_shows_every_task(workspace: Path) -> None:
@@ -113,6 +120,29 @@ def test_the_report_shows_every_task(workspace: Path) -> None:
     assert "step 4" in page, "samples over supervision steps"
     gallery = pl.read_csv(workspace / "report/tables/gallery.csv")
     assert set(gallery["task"]) == {"sudoku4", "coloring5", "boards4", "arc", "digits8"}
+
+
+def test_the_report_shows_no_more_than_there_is_of_one_input(workspace: Path) -> None:
+    """Nothing to choose an answer for, no interval over one puzzle, nothing valid without a
+    rule."""
+    for over in ("width", "depth"):
+        frame = pl.read_csv(workspace / f"report/tables/{over}_scaling.csv")
+        boards = frame.filter(pl.col("run") == "smoke_boards")
+        assert set(boards["metric"]) == {"accuracy", "coverage", "coverage_ideal"}
+        assert boards["low"].null_count() == boards["high"].null_count() == len(boards)
+        others = frame.filter(pl.col("run") == "smoke_sudoku")
+        assert "any_valid" in others["metric"] and not others["low"].null_count()
+    halting = pl.read_csv(workspace / "report/tables/halting.csv")
+    assert set(halting.filter(pl.col("run") == "smoke_digits")["outcome"]) <= {
+        "halted",
+        "reached the limit",
+    }
+    training = pl.read_csv(workspace / "report/tables/training.csv")
+    judged = training.filter(pl.col("term") == "valid")["run"].unique().to_list()
+    assert "smoke_boards" in judged and "smoke_digits" not in judged
+    page = (workspace / "report/index.html").read_text()
+    assert "trajectories, with 95% intervals over them" in page
+    assert "what is found of all answers is, of smoke_boards" in page
 
 
 def test_an_unknown_profile_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from gram_core.tasks.nqueens import QUEEN
-from pipelines.report import boards, figures, paper
+from pipelines.report import boards, figures, paper, summary
 from pipelines.report.gallery import choose
 from pipelines.report.results import Cell, duration, likelihood_rows, widths
 
@@ -145,6 +145,30 @@ def test_a_caption_has_each_runs_own_span() -> None:
     valid = "the best of them by verifier is valid for a 25% → 90%"
     assert gain(20) == f"From 1 to 20 trajectories, {valid}; b 50% → 75%."
     assert gain(4) == f"With trajectories, {valid} from 1 to 20; b 50% → 75% from 1 to 4."
+
+
+def test_a_samplers_line_is_one_of_n() -> None:
+    """Runs of other widths have other ideals, and no line of theirs together."""
+
+    def lines(*widths: int) -> list[float]:
+        rows = [
+            (run, width, depth, metric, value * width)
+            for run, width in zip("ab", widths, strict=True)
+            for depth in (2, 4)
+            for metric, value in (("any_valid", 0.01), ("any_valid_ideal", 0.02))
+        ]
+        frame = pl.DataFrame(rows, ["run", "width", "depth", "metric", "value"], orient="row")
+        return figures._reference_lines(frame, "depth", "any_valid")["value"].to_list()
+
+    assert lines(4, 4) == [0.08, 0.08]
+    assert lines(4, 8) == []
+
+
+def test_a_solver_has_no_coverage_where_there_is_none() -> None:
+    found = {"any_valid@4": 0.5, "coverage_deterministic@4": 0.25}
+    names = ("accuracy", "coverage", "coverage_multi")
+    assert [summary._solver(found, name, 4) for name in names] == ["100.0", "25.0", "–"]
+    assert summary.row({"any_valid@4": 0.5, "pass@2": 0.125}).also == "pass@2 12.5"
 
 
 def test_paper_rows() -> None:

@@ -98,6 +98,14 @@ def test_reductions(
     assert [sweep.outcome(t) for t in sweep.trials] == outcomes
 
 
+def test_a_trial_of_its_own_steps_ran_to_its_end(tmp_path: Path) -> None:
+    short, long = ({"params": {"train.steps": n * 10}, "values": [0.1] * n} for n in (2, 3))
+    cut = {"params": {"train.steps": 30}, "values": [0.1] * 2}
+    sweep = one(tmp_path, [short, long, cut])
+    wanted = ["ran to the end", "ran to the end", "stopped early"]
+    assert [sweep.outcome(trial) for trial in sweep.trials] == wanted
+
+
 def test_ties_go_to_the_first_trial(tmp_path: Path) -> None:
     for mode in ("max", "min"):
         sweep = one(tmp_path, [lr(1.0, 0.5), lr(2.0, 0.5)], mode=mode)
@@ -106,8 +114,8 @@ def test_ties_go_to_the_first_trial(tmp_path: Path) -> None:
 
 def test_summary_says_how_the_sweep_went(tmp_path: Path) -> None:
     assert section(one(tmp_path, FEW)).summary == (
-        "Run gram, 7 trials: 3 ran to the end, 1 stopped early (fewer reports than the longest "
-        "trial’s 3), 2 failed, 1 running. Judged by prior_valid as a trial reported it last, "
+        "Run gram, 7 trials: 3 ran to the end, 1 stopped early (before the last of their "
+        "steps), 2 failed, 1 running. Judged by prior_valid as a trial reported it last, "
         "the larger the better: trial 3 is best with 0.5. "
         "Wall time of all trials added up: 7.0 min."
     )
