@@ -41,7 +41,7 @@ lint: $(READY)
 test: $(READY) lint
 	pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu" --cov --cov-report=term:skip-covered --cov-fail-under=95
 
-## test-all: every test that this machine can run
+## test-all: every test but those that want a GPU (pytest -m gpu)
 test-all: $(READY) lint
 	pytest -m "not gpu" --cov --cov-fail-under=95
 

@@ -242,6 +242,9 @@ def main(arguments: Sequence[str]) -> None:
     name, *wanted = arguments or [""]
     if name not in STUDIES:
         raise ConfigError(f"no study '{name}'; there are {', '.join(STUDIES)}")
+    unknown = set(wanted) - set(STUDIES[name].variants)
+    if unknown:
+        raise ConfigError(f"study {name} has no variant {min(unknown)!r}")
     study, out = STUDIES[name], RESULTS[device_name()] / f"ablation_{name}.csv"
     compute_with(1)
     done = set()

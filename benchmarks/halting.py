@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     if not run.task.verifies:
         raise ConfigError(f"the task of {run.name} has no rule to verify answers by")
+    if not model.config.stochastic:
+        raise ConfigError(f"{run.name} has one trajectory; choose a run with guidance full")
     ways = {
         "full depth": msgspec.structs.replace(base, halting=False),
         "halting without compaction": msgspec.structs.replace(base, compaction=False),

@@ -280,6 +280,8 @@ def main(arguments: Sequence[str]) -> None:
         if all(word in (phase, size, dtype) for word in options.words)
         for rows in options.rows or usual[phase, size][0 if dtype == "bf16" else -1 :]
     ]
+    if not cases:
+        parser.error(f"nothing is {' and '.join(options.words)} at once")
     kinds = sorted({case[2] for case in cases})
     children = started([*(("limit", kind) for kind in kinds), *cases])
     if any(("limit", kind) not in children for kind in kinds):
