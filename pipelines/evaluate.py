@@ -28,7 +28,7 @@ from gram_core.evaluate.metrics import (
     tokens,
 )
 from gram_core.files import write_atomic
-from gram_core.model.gram import GRAM
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import load_model
 from gram_core.noise import Key, batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
@@ -170,12 +170,20 @@ def _common(
     the steps are left; so it is where the first valid answer ends a puzzle."""
     found = metrics(puzzles, sample.depth, config)
     if sample.stop_when_verified:
-        return {name: value for name, value in found.items() if name.startswith(EARLY)}
+        return {
+            name: value
+            for name, value in found.items()
+            if name.startswith(EARLY)
+            and (run.task.conditional or not name.endswith(("_low", "_high")))
+        }
     if run.task.conditional:
         return found
     kept = {"distinct", "steps"}
     if run.task.verifies:
-        kept |= {"accuracy", "accuracy_low", "accuracy_high"}
+        kept |= {"accuracy"}
+        # Of copies of one trajectory there is no interval.
+        if run.section("model", ModelConfig).stochastic and sample.temperature > 0:
+            kept |= {"accuracy_low", "accuracy_high"}
         kept |= {"coverage", "coverage_ideal", "coverage_deterministic"}
     return {
         name: value

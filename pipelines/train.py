@@ -86,17 +86,18 @@ class Job:
                 f"{run.where}.model.prefix_tokens: 0 leaves the task's learned identifiers no "
                 "place; use 16, as the paper does"
             )
-        learns = job.objective.halt_weight > 0 or job.objective.value_weight > 0
-        guided = job.model.guidance != "none"
-        if guided and learns and job.objective.heads_on == "prior" and not job.train.prior_slots:
-            raise ConfigError(
-                f"{run.where}.train.prior_slots: 0 leaves the halt and value heads nothing to "
-                "learn from; use a share above 0, or objective.heads_on: posterior"
-            )
         try:
-            job.train.prior_rows(job.model)
+            followers = job.train.prior_rows(job.model)
         except ConfigError as error:
             raise ConfigError(f"{run.where}.train: {error}") from None
+        learns = job.objective.halt_weight > 0 or job.objective.value_weight > 0
+        guided = job.model.guidance != "none"
+        if guided and learns and job.objective.heads_on == "prior" and not followers:
+            raise ConfigError(
+                f"{run.where}.train.prior_slots: {job.train.prior_slots:g} of batch "
+                f"{job.train.batch} leaves the halt and value heads nothing to learn from; use a "
+                "larger share or batch, or objective.heads_on: posterior"
+            )
         return job
 
 

@@ -63,6 +63,12 @@ class ModelConfig(Config, frozen=True, kw_only=True):
                 f"sigma_init {self.sigma_init} must be above sigma_floor {self.sigma_floor}"
             )
 
+        if self.halting == "q_learning" and (self.N_sup == 1 or not self.deep_supervision):
+            raise ValueError(
+                "halting: q_learning learns from the next supervision step, and with N_sup 1 or "
+                "without deep_supervision there is none; use halt_only"
+            )
+
     @property
     def stochastic(self) -> bool:
         """Whether trajectories of one puzzle can differ."""

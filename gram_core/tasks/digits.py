@@ -69,6 +69,8 @@ class DigitsConfig(Config, frozen=True, kw_only=True, tag="digits", tag_field="k
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        if self.side < 4:
+            raise ValueError(f"side {self.side}: evaluation's classifier wants 4 pixels or more")
         if self.side % self.patch:
             raise ValueError(f"patch {self.patch} does not divide the side {self.side}")
 

@@ -79,6 +79,11 @@ class TrainConfig(Config, frozen=True, kw_only=True):
                 f"zero_stage {self.zero_stage} shards matrices that optim.name: muon steps whole; "
                 "use zero_stage 0, or optim.name: adamw"
             )
+        if self.kl_from and not self.kl_warmup:
+            raise ValueError(
+                f"kl_from {self.kl_from:g} is where beta begins to grow over kl_warmup iterations, "
+                "which are 0; give kl_warmup, or leave it out"
+            )
         if self.prior_slots == 1:
             raise ValueError("prior_slots 1 leaves no slot to train on; use a share below 1")
 

@@ -15,9 +15,10 @@ from workspace import contents, make_data, make_run, params, write_params
 from gram_core import tables
 from gram_core.errors import GramError
 from gram_core.evaluate.bound import bound
-from gram_core.evaluate.metrics import ratio
+from gram_core.evaluate.metrics import EvaluateConfig, ratio
 from gram_core.model.store import load_model
 from gram_core.noise import step_noise, trajectory_key
+from gram_core.sample.trajectory import SampleConfig
 from pipelines import evaluate as stage
 from pipelines.dataset import examples, held_out
 from pipelines.evaluate import evaluate, whole_puzzles
@@ -36,6 +37,34 @@ def test_deterministic_twin_gives_one_answer(data: Path) -> None:
     for name in ("coverage", "any_valid", "majority", "best_of_value"):
         assert found[f"{name}@3"] == found[f"{name}@1"]
     assert "bound" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "bands"),
+    [
+        ({}, {"accuracy"}),
+        ({"runs__tiny__model__guidance": "none"}, set()),
+        ({"runs__tiny__sample__temperature": 0.0}, set()),
+        ({"runs__tiny__sample__stop_when_verified": True, "runs__tiny__sample__depths": []}, set()),
+    ],
+)
+def test_one_input_has_the_interval_of_different_trajectories_alone(
+    folder: Path, changes: dict[str, Any], bands: set[str]
+) -> None:
+    """Copies of one trajectory are one draw, and one puzzle has none over puzzles."""
+    boards = {"kind": "sudoku_boards", "size": 4,
+              "source": {"kind": "generate", "train": 4, "test": 2}}  # fmt: skip
+    write_params(params(tasks={"boards": boards}, runs__tiny__task="boards", **changes))
+    run = load_run("tiny")
+    row = {"puzzle_id": "a", "width": 3, "depth": run.section("sample", SampleConfig).depth,
+           "solution_count": 288, "accuracy": 1.0, "valid_count": 3, "distinct": 1,
+           "distinct_valid": 1, "selected_majority": True, "selected_value": True,
+           "selected_first_halt": True, "mean_steps": 1.0}  # fmt: skip
+    config = run.section("evaluate", EvaluateConfig)
+    rows = pl.DataFrame([{**row, "width": n, "valid_count": n} for n in config.widths])
+    found = stage._common(run, rows, run.section("sample", SampleConfig), config)
+    assert {name.removesuffix("_low") for name in found if name.endswith("_low")} == bands
+    assert ("any_valid@3" in found) == ("runs__tiny__sample__stop_when_verified" in changes)
 
 
 def test_evaluation_writes_the_contracts_keys(whole: Path) -> None:

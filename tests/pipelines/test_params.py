@@ -55,6 +55,16 @@ MALFORMED: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "plain with workers": (params(runs__tiny__train__workers=2), ("plain", "workers: 1")),
     "heads without slots": (params(runs__tiny__train__prior_slots=0.0), ("prior_slots", "heads")),
+    "heads and one slot": (params(runs__tiny__train__batch=1), ("prior_slots", "batch 1 leaves")),
+    "Q-learning of one step": (
+        params(runs__tiny__model__halting="q_learning", runs__tiny__model__N_sup=1),
+        ("q_learning learns from the next", "use halt_only"),
+    ),
+    "Q-learning of no steps": (
+        params(runs__tiny__model__halting="q_learning", runs__tiny__model__deep_supervision=False),
+        ("q_learning learns from the next",),
+    ),
+    "a beginning of no growth": (params(runs__tiny__train__kl_from=0.5), ("kl_from", "kl_warmup")),
     "prior slots over workers": (
         params(
             runs__tiny__train__batch=16,
