@@ -208,7 +208,7 @@ def test_a_cluster_that_wants_a_token_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ray, "init", refused)
     with pytest.raises(GramError) as caught, cluster():
         pass
-    assert str(caught.value) == "cannot start the Ray cluster at auto: no token"
+    assert str(caught.value).startswith("cannot start the Ray cluster at auto: no token")
 
 
 def test_board_carries_messages_questions_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
