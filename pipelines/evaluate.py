@@ -28,7 +28,7 @@ from gram_core.evaluate.metrics import (
     tokens,
 )
 from gram_core.files import write_atomic
-from gram_core.model.gram import GRAM, ModelConfig
+from gram_core.model.gram import GRAM
 from gram_core.model.store import load_model
 from gram_core.noise import Key, batch_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
@@ -66,7 +66,7 @@ def evaluate(run: Run) -> dict[str, float]:
     seen.read(folder / "trajectories.parquet", groups)
     puzzles = seen.puzzles()
     found = {
-        **_common(run, puzzles, sample, config),
+        **_common(run, model, puzzles, sample, config),
         **({} if sample.stop_when_verified else _own(run, seen, groups, config)),
         **_bounds(run, model, groups, config),
     }
@@ -163,7 +163,7 @@ class _Seen:
 
 
 def _common(
-    run: Run, puzzles: pl.DataFrame, sample: SampleConfig, config: EvaluateConfig
+    run: Run, model: GRAM, puzzles: pl.DataFrame, sample: SampleConfig, config: EvaluateConfig
 ) -> dict[str, float]:
     """What the table of puzzles says. Without an input there is none to choose an answer for, and
     no interval over inputs; where nothing says which answers are valid, only how many differ and
@@ -182,7 +182,7 @@ def _common(
     if run.task.verifies:
         kept |= {"accuracy"}
         # Of copies of one trajectory there is no interval.
-        if run.section("model", ModelConfig).stochastic and sample.temperature > 0:
+        if model.config.stochastic and sample.temperature > 0:
             kept |= {"accuracy_low", "accuracy_high"}
         kept |= {"coverage", "coverage_ideal", "coverage_deterministic"}
     return {

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return fail(f"profile {profile}: {error}")
     say(f"{FILE}: the profile {profile}")
     if not all(trials_file(name).exists() for name in read_params().get("sweeps", {})):
-        from pipelines.sweep import tables_of_all
+        from pipelines.sweep import tables_of_all  # takes as long as torch
 
         for name in tables_of_all():
             say(f"sweep {name} has not been run and has a table without rows: gram sweep {name}")

@@ -17,7 +17,7 @@ from gram_core.config import Config, ConfigError, NonNegativeFloat, PositiveInt,
 from gram_core.train.objective import Terms
 from pipelines.params import FILE, Run, entry_of, read_params, run_of
 from pipelines.storage import check
-from pipelines.train import Job
+from pipelines.train import SPREAD, Job
 
 RANGES = ("uniform", "loguniform")
 LISTS = ("choice", "grid")
@@ -25,8 +25,8 @@ LISTS = ("choice", "grid")
 MUTABLE = ("train.optim.", "objective.", "train.prior_slots", "train.ema")
 SHAPING = ("train.optim.name",)  # what an optimiser remembers is no other's
 SECTIONS = ("model.", "objective.", "train.")
-# Of these a trial, which is one process, has its own.
-SPREAD = ("train.engine", "train.workers", "train.zero_stage", "train.cores", "train.restarts")
+# Of how training is spread a trial, which is one process, has this alone.
+PARTS = "accumulate"
 COMBINATIONS = 1000
 
 
@@ -72,7 +72,7 @@ class SweepConfig(Config, frozen=True, kw_only=True):
             if other == key or other.startswith(f"{key}."):
                 raise ValueError(f"{other}: is given twice, in space or fixed, also by {key}")
         for key in keys:
-            if key in SPREAD:
+            if key in [f"train.{name}" for name in SPREAD if name != PARTS]:
                 raise ValueError(f"{key}: a trial is one process on `cpus` cores; leave it out")
         if self.metric not in Terms.names:
             raise ValueError(

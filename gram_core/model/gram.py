@@ -62,7 +62,6 @@ class ModelConfig(Config, frozen=True, kw_only=True):
             raise ValueError(
                 f"sigma_init {self.sigma_init} must be above sigma_floor {self.sigma_floor}"
             )
-
         if self.halting == "q_learning" and (self.N_sup == 1 or not self.deep_supervision):
             raise ValueError(
                 "halting: q_learning learns from the next supervision step, and with N_sup 1 or "

@@ -225,6 +225,7 @@ class Table(Task):
         return np.array(tokens, dtype=np.uint8)
 
     def _is_token(self, word: str) -> bool:
+        # Python does not read thousands of digits.
         return word.isdecimal() and len(word) <= 9 and int(word) < self.vocab
 
     def render(self, tokens: np.ndarray) -> str:

@@ -116,7 +116,9 @@ def _figures(
             frames[name].filter(its)
             for name in ("width_scaling", "depth_scaling", "by_solution_count")
         )
-        sections["width"].append((title, figures.width(width, names)))
+        # Of one input whose answers nobody has counted there is nothing by width.
+        if task.conditional or "coverage" in width["metric"]:
+            sections["width"].append((title, figures.width(width, names)))
         sections["depth"].append((title, figures.depth(depth, names, trained)))
         if task.conditional and not count.is_empty():
             sections["solutions"].append((title, figures.solutions(count, names)))

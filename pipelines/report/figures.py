@@ -72,9 +72,8 @@ def width(frame: pl.DataFrame, runs: Sequence[str]) -> Figure:
     """What more trajectories buy, for every way to use them."""
     names = ("any_valid", "best_of_value", "majority", "first_halt", "coverage", "coverage_multi")
     if "any_valid" in frame["metric"]:
-        caption = _gain(
-            frame, "width", "any_valid", "the best of them by verifier is valid for"
-        ) + (
+        best = "the best of them by verifier is valid for"
+        caption = _gain(frame, "width", "any_valid", best) + (
             " Bands are 95% intervals over puzzles; a deterministic run is flat because its "
             "trajectories are all the same."
         )

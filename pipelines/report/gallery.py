@@ -112,9 +112,8 @@ def gallery(task: TaskInputs, runs: Sequence[RunInputs], count: int = 6) -> list
         rows = np.flatnonzero(ids == name)
         # A secret answer is padding alone.
         solutions = [s for s in np.unique(targets[rows], axis=0) if s.any()]
-        count = int(counts[name])
         answers = [_answers(run, name, solutions) for run in runs]
-        shown.append(Puzzle(name, inputs[rows[0]], solutions, answers, count))
+        shown.append(Puzzle(name, inputs[rows[0]], solutions, answers, counts[name]))
     return shown
 
 

@@ -16,6 +16,7 @@ from gram_core import tables
 from gram_core.errors import GramError
 from gram_core.evaluate.bound import bound
 from gram_core.evaluate.metrics import EvaluateConfig, ratio
+from gram_core.model.gram import GRAM, ModelConfig
 from gram_core.model.store import load_model
 from gram_core.noise import step_noise, trajectory_key
 from gram_core.sample.trajectory import SampleConfig
@@ -62,7 +63,8 @@ def test_one_input_has_the_interval_of_different_trajectories_alone(
            "selected_first_halt": True, "mean_steps": 1.0}  # fmt: skip
     config = run.section("evaluate", EvaluateConfig)
     rows = pl.DataFrame([{**row, "width": n, "valid_count": n} for n in config.widths])
-    found = stage._common(run, rows, run.section("sample", SampleConfig), config)
+    model = GRAM(run.section("model", ModelConfig), run.task.shape)
+    found = stage._common(run, model, rows, run.section("sample", SampleConfig), config)
     assert {name.removesuffix("_low") for name in found if name.endswith("_low")} == bands
     assert ("any_valid@3" in found) == ("runs__tiny__sample__stop_when_verified" in changes)
 

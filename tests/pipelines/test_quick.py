@@ -2,17 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from workspace import make_data, make_run, params, write_params
 
 from gram_core import tables
 from gram_core.errors import GramError
 from pipelines.dataset import examples, held_out, identifiers
-from pipelines.params import load_run
+from pipelines.params import load_run, read_params
 from pipelines.quick import main, run_here
 from pipelines.report.build import build
 from pipelines.submission import write_submission
@@ -143,6 +145,27 @@ def test_the_report_shows_no_more_than_there_is_of_one_input(workspace: Path) ->
     page = (workspace / "report/index.html").read_text()
     assert "trajectories, with 95% intervals over them" in page
     assert "what is found of all answers is, of smoke_boards" in page
+
+
+def test_one_input_whose_answers_nobody_has_counted_has_no_figure_by_width(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """Complete 9x9 boards: there is no coverage, and nothing is chosen."""
+    root = tmp_path / "root"
+    shutil.copytree(workspace, root)
+    path = root / "results/smoke_boards/puzzles.parquet"
+    table = tables.read(path, "puzzles")
+    place = table.schema.get_field_index("solution_count")
+    unknown = pa.array([0] * len(table), table.schema.field(place).type)
+    table = table.set_column(place, table.schema.field(place), unknown)
+    tables.write(path, table, tables.puzzles_schema(), tables.provenance(table))
+    document = read_params(root / "params.yaml")
+    runs = {"smoke_boards": document["runs"]["smoke_boards"]}
+    build(root, runs, tmp_path / "report", document["tasks"])
+    for over in ("width", "depth"):
+        frame = pl.read_csv(tmp_path / f"report/tables/{over}_scaling.csv")
+        assert set(frame["metric"]) == {"accuracy"}
+    assert "what is found of all answers" not in (tmp_path / "report/index.html").read_text()
 
 
 def test_an_unknown_profile_is_named(capsys: pytest.CaptureFixture[str]) -> None:
