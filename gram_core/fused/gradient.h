@@ -1,10 +1,13 @@
 // The gradient of a stack of blocks, from what its forward kept.
 //
 // Groups of sequences take a block's gradient back to its input, each on one processor core, and
-// leave the factors of the weights' gradients, which are summed over the positions of some groups at
-// once. Each thread sums those of its own groups, always the same; in the end the threads' sums are
-// added in their order: a sum depends on the number of threads, and on nothing else.
+// leave the factors of the weights' gradients, which are summed over the positions of some groups, a
+// span, at once. Each thread has sums of its own groups, always the same; in the end the threads'
+// sums are added in their order: a sum depends on the number of threads, and on nothing else.
 #pragma once
+
+#include <atomic>
+#include <thread>
 
 #include "stack.h"
 
@@ -17,6 +20,7 @@ constexpr long SPAN = 8, CHUNK = 48;
 #else
 constexpr long SPAN = 2, CHUNK = 24;
 #endif
+static_assert(CHUNK % W == 0, "a vector of a factor lies in one of its panels");
 
 // A factor of weights' gradients, [depth, columns] lanes in panels of columns. Where positions are
 // summed over, two neighbouring rows lie in one lane (bfloat16).
@@ -141,7 +145,7 @@ struct Backward : SwiglusBackward<T> {
     // y W, `kept` of this group.
     void block(const Packed& weights, const Kept<T>& kept, Span<T>& span, long group,
                float* grad) {
-        memcpy(residual.data(), grad, rows * D * 4);
+        Base::residual = grad;
         norm(kept.out, kept.out_scale);
         const Shape& s = Base::shape;
         const Memory mixing = s.mixing ? Base::part(kept.first, Base::count * s.first())
@@ -150,7 +154,6 @@ struct Backward : SwiglusBackward<T> {
                      Base::part(kept.x, rows * D), mixing);
         norm(kept.normed, kept.scale);
         mix(weights, kept, span, group);
-        memcpy(grad, residual.data(), rows * D * 4);
     }
 
     // The next group's part, behind this one's.
@@ -158,6 +161,7 @@ struct Backward : SwiglusBackward<T> {
 
     // Of y = x / rms(x), in place and rounded.
     void norm(const Number* y, const float* scale) {
+        if constexpr (Base::N == 1) rounded = residual;  // which is read before it is added to
         for (long i = 0; i < rows; i++) {
             float* row = &residual[i * D];
             const Number* out = y + i * D;
@@ -167,7 +171,7 @@ struct Backward : SwiglusBackward<T> {
             for (long d = 0; d < D; d += W) {
                 const Lanes x = (load(row + d) - T::get(out + d) * mean) * scale[i];
                 store(row + d, x);
-                T::put(rounded + i * D + d, x);
+                if constexpr (Base::N > 1) T::put(rounded + i * D + d, x);
             }
         }
     }
@@ -295,34 +299,65 @@ void sum(const Factor& left, const Factor& right, long steps, float* grad, long 
                });
 }
 
-// Gradients of weights that each thread sums over groups of its own.
+// Of a thread's groups: the span that is taken next, and how many are summed, layer after layer.
+struct Turns {
+    std::atomic<long> next{0}, summed{0};
+
+    void await(long count) const {
+        for (long looks = 1; summed < count; looks++)
+            if (looks % 1024) _mm_pause();
+            else std::this_thread::yield();
+    }
+};
+
+// Gradients of weights, of which each thread has sums over groups of its own.
 struct Sums {
-    float* const* out;  // the first thread's
-    std::vector<long> sizes;
-    std::vector<std::vector<Raw>> others;
+    const std::vector<long> sizes;
+    std::vector<std::vector<float*>> of;  // each thread's; the first's are what is asked for
+    std::vector<std::vector<Raw>> memory;
+    std::vector<Turns> turns;
 
-    Sums(float* const* out, std::vector<long> sizes, int threads)
-        : out(out), sizes(std::move(sizes)), others(threads) {}
-
-    // A thread's own.
-    std::vector<float*> of(long thread) {
-        if (!thread) return {out, out + sizes.size()};
-        std::vector<float*> all;
-        for (long size : sizes) {
-            others[thread].push_back(raw(size));
-            all.push_back(others[thread].back().get());
-        }
-        return all;
+    Sums(float* const* out, std::vector<long> sizes_of, long threads)
+        : sizes(std::move(sizes_of)), of(threads), memory(threads), turns(threads) {
+        of[0].assign(out, out + sizes.size());
     }
 
-    // Add all into the first thread's, in the order of threads. All threads call this.
-    void gather(long team) {
+    // All threads call this, and wait for each other.
+    void allocate(long thread) {
+        if (thread == 0) return;
+        for (long size : sizes) {
+            memory[thread].push_back(raw(size));
+            of[thread].push_back(memory[thread].back().get());
+        }
+    }
+
+    // For each layer and each span of groups, begin to end: factors(layer, begin, end), and then
+    // add(layer, begin, end, sums, first) to a thread's sums; in the end all of these are added, in
+    // the order of threads. All threads of the team call this. One that is done with its own groups
+    // takes spans of the others'; but a span is added after the one before it, whoever has taken
+    // which, so that sums are always the same.
+    template <class Factors, class Add>
+    void run(long layers, long groups, long me, long team, Factors factors, Add add) {
+        for (long k = 0; k < team; k++) {
+            const long owner = (me + k) % team;
+            const long begin = owner * groups / team, stop = (owner + 1) * groups / team;
+            const long spans = (stop - begin + SPAN - 1) / SPAN;
+            if (k && spans == 1) continue;  // each layer waits for the one before
+            Turns& t = turns[owner];
+            for (long n; (n = t.next++) < layers * spans; t.summed = n + 1) {
+                const long from = begin + n % spans * SPAN, to = std::min(stop, from + SPAN);
+                t.await(n + 1 - spans);  // the same groups in the layer before
+                factors(n / spans, from, to);
+                t.await(n);
+                add(n / spans, from, to, of[owner].data(), n % spans == 0);
+            }
+        }
 #pragma omp barrier
         for (std::size_t k = 0; k < sizes.size(); k++)
 #pragma omp for schedule(static) nowait
             for (long i = 0; i < sizes[k]; i += W)
                 for (long t = 1; t < team; t++)
-                    store(out[k] + i, load(out[k] + i) + load(others[t][k].get() + i));
+                    store(of[0][k] + i, load(of[0][k] + i) + load(of[t][k] + i));
     }
 };
 

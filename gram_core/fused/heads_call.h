@@ -68,7 +68,7 @@ int run_heads(const HeadsCall& c) {
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (long g = 0; g < s.groups(); g++) {
             if (!mine) continue;
             mine->begin(g);
@@ -90,6 +90,30 @@ int run_heads(const HeadsCall& c) {
     return failed;
 }
 
+// A group's gradient at the heads' input, and the factors of their weights', as the spans' group of
+// that number. `given` has room for the input.
+template <class T>
+void head_gradients(const HeadsCall& c, const std::vector<Swiglu>& heads, SwiglusBackward<T>& mine,
+                    Buffer& given, std::vector<Span<T>>& spans, long group) {
+    const long at = mine.first * c.dim, size = mine.rows * c.dim;
+    mine.residual = c.x_back + at;
+    std::fill(mine.residual, mine.residual + size, 0.f);
+    const auto* x = mine.in_format(c.x + at, given);
+    for (long k = 0; k < c.heads; k++) {
+        const float *grad = c.out_grad[k] + at, *slope = c.slope_of(k);
+        for (long i = 0; i < size; i += W)
+            T::put(mine.rounded + i,
+                   slope ? load(grad + i) * load(slope + at + i) : load(grad + i));
+        const bool last = k + 1 == c.heads;  // then the next group's
+        const float* next = last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at;
+        const float* slopes = last ? nullptr : c.slope_of(k + 1);
+        const float* beside = slopes ? slopes + at : c.x + at + size;
+        mine.swiglu(heads[k].down, heads[k].gate_up, x,
+                    c.template gate_up<T>(k) + mine.first * 2 * c.ffn, spans[k], group,
+                    {{next}, size}, {{beside}, size});
+    }
+}
+
 template <class T>
 int run_heads_backward(const HeadsCall& c) {
     if (!c.has_room()) return UNFIT;
@@ -109,47 +133,30 @@ int run_heads_backward(const HeadsCall& c) {
         std::unique_ptr<SwiglusBackward<T>> mine;
         std::vector<Span<T>> spans;  // of each head
         Buffer given;
-        std::vector<float*> weights;
         try {
             mine.reset(new SwiglusBackward<T>(s));
             for (long k = 0; k < c.heads; k++) spans.emplace_back(s);
             given.resize((T::IN_LANE - 1) * s.group() * c.dim / T::IN_LANE);
-            weights = sums.of(me);
+            sums.allocate(me);
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
         }
 #pragma omp barrier
-        const long begin = me * s.groups() / team, stop = (me + 1) * s.groups() / team;
-        for (long start = begin; start < stop && !failed; start += SPAN) {
-            const long end = std::min(stop, start + SPAN);
-            for (long g = start; g < end; g++) {
+        auto factors = [&](long, long begin, long end) {
+            for (long g = begin; g < end; g++) {
                 mine->begin(g);
-                const long at = mine->first * c.dim, size = mine->rows * c.dim;
-                std::fill(mine->residual.begin(), mine->residual.end(), 0.f);
-                const auto* x = mine->in_format(c.x + at, given);
-                for (long k = 0; k < c.heads; k++) {
-                    const float *grad = c.out_grad[k] + at, *slope = c.slope_of(k);
-                    for (long i = 0; i < size; i += W)
-                        T::put(mine->rounded + i,
-                               slope ? load(grad + i) * load(slope + at + i) : load(grad + i));
-                    const bool last = k + 1 == c.heads;  // then the next group's
-                    const float* next = last ? c.out_grad[0] + at + size : c.out_grad[k + 1] + at;
-                    const float* slopes = last ? nullptr : c.slope_of(k + 1);
-                    const float* beside = slopes ? slopes + at : c.x + at + size;
-                    mine->swiglu(heads[k].down, heads[k].gate_up, x,
-                                 c.template gate_up<T>(k) + mine->first * 2 * c.ffn, spans[k],
-                                 g - start, {{next}, size}, {{beside}, size});
-                }
-                memcpy(c.x_back + at, mine->residual.data(), size * 4);
+                head_gradients<T>(c, heads, *mine, given, spans, g - begin);
             }
-            const long count = std::min(end * s.group(), s.batch) - start * s.group();
+        };
+        auto add = [&](long, long begin, long end, float* const* weights, bool first) {
+            const long count = std::min(end * s.group(), s.batch) - begin * s.group();
             for (long k = 0; k < c.heads; k++) {
                 float* const to[] = {nullptr, nullptr, weights[2 * k], weights[2 * k + 1]};
                 for (const Chunk& chunk : chunks)
-                    sum_chunk<T>(s, spans[k], chunk, count, to, start == begin);
+                    sum_chunk<T>(s, spans[k], chunk, count, to, first);
             }
-        }
-        if (!failed) sums.gather(team);
+        };
+        if (!failed) sums.run(1, s.groups(), me, team, factors, add);
     }
     return failed;
 }

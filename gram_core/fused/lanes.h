@@ -22,10 +22,12 @@ namespace {  // what is in no library cannot be taken from another
 constexpr int UNFIT = 1, NO_MEMORY = 2;
 
 // A tile of a product is ROWS x COLUMNS vectors: as many sums as the registers hold beside factors.
+// Every STEPS steps of its loop it fetches a cache line: at each of AVX2's, which are half as long,
+// that would cost more than it saves.
 #ifdef __AVX512F__
-constexpr int W = 16, COLUMNS = 4;
+constexpr int W = 16, COLUMNS = 4, STEPS = 1;
 #else
-constexpr int W = 8, COLUMNS = 2;
+constexpr int W = 8, COLUMNS = 2, STEPS = 4;
 #endif
 constexpr int ROWS = 6;              // even: in attention bfloat16 goes in pairs of rows
 constexpr long PANEL = COLUMNS * W;  // columns
@@ -123,24 +125,30 @@ struct Ahead {
 struct Nothing {};  // is wanted
 
 // One tile: put(r, c, sum over s of a[r * row + s * step] * b[s * width + c .. + W]), r < R, for
-// VECTORS vectors of columns. Meanwhile a cache line a step is fetched, from `ahead` on, if any.
+// VECTORS vectors of columns. Meanwhile a cache line every so many steps is fetched, from `ahead`
+// on, if any.
 template <class T, int R, int VECTORS, class Wanted, class Put>
 inline void tile(const float* a, long row, long step, const float* b, long width, long steps,
                  Wanted ahead, Put put) {
     Lanes sum[R][VECTORS] = {};
-    for (long s = 0; s < steps; s++) {
+    auto one = [&](long s) __attribute__((always_inline)) {
         Lanes right[VECTORS];
-        if constexpr (std::is_same_v<Wanted, Ahead>) {
-            if (ahead.write) __builtin_prefetch(ahead.at + s * LINE, 1, 2);
-            else __builtin_prefetch(ahead.at + s * LINE, 0, 2);
-        }
         for (int c = 0; c < VECTORS; c++) right[c] = load(b + s * width + c * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
             for (int c = 0; c < VECTORS; c++)
                 sum[r][c] = T::add(sum[r][c], a[r * row + s * step], right[c]);
-    }
+    };
+    long s = 0;
+    if constexpr (std::is_same_v<Wanted, Ahead>)
+        for (; s + STEPS <= steps; s += STEPS, ahead.at += LINE) {
+            if (ahead.write) __builtin_prefetch(ahead.at, 1, 2);
+            else __builtin_prefetch(ahead.at, 0, 2);
+#pragma GCC unroll 8
+            for (long k = 0; k < STEPS; k++) one(s + k);
+        }
+    for (; s < steps; s++) one(s);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -206,8 +214,8 @@ inline void product(const float* a, long row, long step, long rows, const Right&
         for (Memory& memory : next)
             if (memory.ahead.at && memory.lanes > 0) {
                 const Ahead lines = memory.ahead;
-                memory.ahead.at += b.steps * LINE;
-                memory.lanes -= b.steps * LINE;
+                memory.ahead.at += b.steps / STEPS * LINE;
+                memory.lanes -= b.steps / STEPS * LINE;
                 return lines;
             }
         return {b.at};  // nothing more
@@ -218,7 +226,9 @@ inline void product(const float* a, long row, long step, long rows, const Right&
         long i = 0, whole = (rest < 0 ? rows : rest) / ROWS;
         auto some = [&](auto height) {
             auto here = [&](long r, long d, Lanes x) { put(i + r, d, x); };
-            tiles<T, height>(a + i * row, row, step, b, c, ahead(), here);
+            const float* left = a + i * row;
+            if constexpr (height < ROWS - 1) tiles<T, height>(left, row, step, b, c, Nothing(), here);
+            else tiles<T, height>(left, row, step, b, c, ahead(), here);
             i += height;
         };
         while (whole-- > 0) some(std::integral_constant<int, ROWS>());

@@ -82,12 +82,14 @@ struct Group {
     const long L, D, F, most;  // most: positions of a group, at the most
     // Of this one: its first sequence, sequences, positions.
     long first = 0, count = 0, rows = 0;
-    Buffer residual, narrow;
+    Buffer own, narrow;
+    float* residual;  // in `own`; backward where its gradient is asked for
     Number* rounded;  // [rows, D]: what the next product reads
 
     explicit Group(const Shape& shape)
         : shape(shape), L(shape.length), D(shape.dim), F(shape.ffn), most(shape.group() * L),
-          residual(most * D), narrow(most * D / N), rounded(numbers(narrow.data())) {}
+          own(most * D), narrow(most * D / N), residual(own.data()),
+          rounded(numbers(narrow.data())) {}
     virtual ~Group() = default;
 
     static Number* numbers(float* p) { return reinterpret_cast<Number*>(p); }

@@ -39,13 +39,13 @@ struct Transitions {
         const bool flat = !stacks.low;
         for (long i = 0; i < size; i += W)
             store(&context[i], flat ? load(&e_x[i]) : load(&h[i]) + load(&e_x[i]));
-        memcpy(w.residual.data(), flat ? h.data() : low.data(), size * 4);
+        memcpy(w.residual, flat ? h.data() : low.data(), size * 4);
         for (long k = 0; k < stacks.cycles; k++)
             w.stack(context.data(), flat ? stacks.high : stacks.low, of(k));
-        if (!flat) memcpy(low.data(), w.residual.data(), size * 4);
+        if (!flat) memcpy(low.data(), w.residual, size * 4);
         w.stack(flat ? context.data() : h.data(), stacks.high, of(stacks.cycles));
         guide(noise, apart);
-        memcpy(h.data(), w.residual.data(), size * 4);
+        memcpy(h.data(), w.residual, size * 4);
     }
 
     // u += mean + std * noise

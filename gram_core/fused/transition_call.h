@@ -219,42 +219,40 @@ int run_backward(const TransitionCall& c) {
         for (long k = 0; k < long(packing.jobs.size()); k++) packing.pack_one(k);
         std::unique_ptr<Backward<T>> mine;
         std::unique_ptr<Span<T>> span;
-        std::vector<float*> weights;
         try {
             mine = backward<T>(s, c.table);
             span.reset(new Span<T>(s));
-            weights = sums.of(me);
+            sums.allocate(me);
             if (!mine) failed = UNFIT;
         } catch (const std::bad_alloc&) {
             failed = NO_MEMORY;
         }
 #pragma omp barrier
-        // Always the same groups to a thread, for their order is that of the sums.
-        const long begin = me * s.groups() / team, stop = (me + 1) * s.groups() / team;
-        for (long g = begin; g < stop && !failed; g++) {
-            mine->begin(g);
-            const long at = mine->first * L * D;
-            memcpy(grad + at, c.h_grad + at, mine->rows * D * 4);
-        }
-        for (long a = c.cycles; a >= 0 && !failed; a--)
-            for (long b = c.blocks - 1; b >= 0; b--) {
-                const long which = (c.hierarchical && a < c.cycles ? c.blocks : 0) + b;
-                for (long start = begin; start < stop; start += SPAN) {
-                    const long end = std::min(stop, start + SPAN);
-                    for (long g = start; g < end; g++) {
-                        mine->begin(g);
-                        const long at = mine->first * L * D;
-                        mine->block(blocks[which], kept[a * c.blocks + b].from(s, mine->first),
-                                    *span, g - start, grad + at);
-                        if (b == 0) hand_on(c, a, at, mine->rows * D, grad + at);
-                    }
-                    const long count = std::min(end * s.group(), s.batch) - start * s.group();
-                    const bool first = start == begin && a >= c.cycles - c.hierarchical;
-                    for (const Chunk& chunk : chunks)
-                        sum_chunk<T>(s, *span, chunk, count, &weights[4 * which], first);
-                }
+        // A layer is a block of an application, from the last one of the last on.
+        const long layers = (c.cycles + 1) * c.blocks;
+        auto block = [&](long layer) { return layers - 1 - layer; };
+        auto which = [&](long layer) {  // of the weights' blocks
+            const bool low = c.hierarchical && layer >= c.blocks;
+            return block(layer) % c.blocks + (low ? c.blocks : 0);
+        };
+        auto factors = [&](long layer, long begin, long end) {
+            for (long g = begin; g < end; g++) {
+                mine->begin(g);
+                const long at = mine->first * L * D, size = mine->rows * D;
+                if (layer == 0) memcpy(grad + at, c.h_grad + at, size * 4);
+                mine->block(blocks[which(layer)], kept[block(layer)].from(s, mine->first), *span,
+                            g - begin, grad + at);
+                if (block(layer) % c.blocks == 0)
+                    hand_on(c, block(layer) / c.blocks, at, size, grad + at);
             }
-        if (!failed) sums.gather(team);
+        };
+        auto add = [&](long layer, long begin, long end, float* const* to, bool first) {
+            const long count = std::min(end * s.group(), s.batch) - begin * s.group();
+            first = first && layer < (1 + c.hierarchical) * c.blocks;  // application of the block
+            for (const Chunk& chunk : chunks)
+                sum_chunk<T>(s, *span, chunk, count, to + 4 * which(layer), first);
+        };
+        if (!failed) sums.run(layers, s.groups(), me, team, factors, add);
     }
     return failed;
 }

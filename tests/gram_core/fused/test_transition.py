@@ -370,6 +370,29 @@ def test_gradients_are_the_same_each_time_and_next_to_the_same_for_any_threads(f
             assert error(mine, one.double()) < 1e-6
 
 
+def test_a_threads_sums_are_those_of_its_groups_alone_whoever_computes_them(fusing):
+    recursion = make("attention", 64, 32, 2, 32, 1, flat=False)
+    threads, rows = 3, 20  # a group each; more threads than most machines of ours have cores
+    state = draw(threads * rows, 64, 32)
+
+    def gradients(some: slice, threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        x = [part[some].clone().requires_grad_() for part in state]
+        out = recursion(State(*x[:2]), x[2])
+        of = [*x, *recursion.parameters()]
+        return list(torch.autograd.grad(out.h.square().sum() + out.l.sum(), of))
+
+    before = torch.get_num_threads()
+    try:
+        alone = [gradients(slice(k * rows, (k + 1) * rows), 1) for k in range(threads)]
+        inputs = [torch.cat(parts) for parts in zip(*(one[:3] for one in alone), strict=True)]
+        sums = [sum(parts[1:], parts[0]) for parts in zip(*(one[3:] for one in alone), strict=True)]
+        for _ in range(20):
+            assert all(map(torch.equal, gradients(slice(None), threads), [*inputs, *sums]))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_operations_are_well_behaved_in_graphs(fusing):
     for core in ("attention", "mixer"):
         recursion = make(core, 9, 32, 2, 32, 1, flat=False)
