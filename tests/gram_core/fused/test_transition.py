@@ -370,10 +370,10 @@ def test_gradients_are_the_same_each_time_and_next_to_the_same_for_any_threads(f
             assert error(mine, one.double()) < 1e-6
 
 
-def test_a_threads_sums_are_those_of_its_groups_alone_whoever_computes_them(fusing):
+@pytest.mark.parametrize(("threads", "rows"), [(3, 20), (16, 3)])  # more threads than cores
+def test_a_threads_sums_are_those_of_its_groups_alone_whoever_computes_them(vectors, threads, rows):
     recursion = make("attention", 64, 32, 2, 32, 1, flat=False)
-    threads, rows = 3, 20  # a group each; more threads than most machines of ours have cores
-    state = draw(threads * rows, 64, 32)
+    state = draw(threads * rows, 64, 32)  # a group each
 
     def gradients(some: slice, threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
