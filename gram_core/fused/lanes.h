@@ -36,12 +36,11 @@ constexpr long LINE = 16;            // lanes of a cache line
 typedef float Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t Words __attribute__((vector_size(4 * W)));
 
-inline Lanes load(const float* p) {
-    Lanes x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-inline void store(float* p, Lanes x) { memcpy(p, &x, sizeof x); }
+// Through a type of floats: memcpy's bytes could be any object's, and after each store all that says
+// where the next one goes would be read again.
+typedef float Floats __attribute__((vector_size(4 * W), aligned(4)));
+inline Lanes load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+inline void store(float* p, Lanes x) { *reinterpret_cast<Floats*>(p) = x; }
 constexpr long padded(long n, long to) { return (n + to - 1) / to * to; }
 
 #ifdef __AVX512F__
