@@ -7,11 +7,10 @@ READY := .venv/ready
 .PHONY: repro quick smoke test test-all lint params ablation bench clean
 .DELETE_ON_ERROR:
 
-# Few of the modules that are installed are ever imported; Python compiles these as it imports them.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found; 3.11 or newer is needed (make PYTHON=python3.12 ...)" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $(READY)
 
