@@ -86,7 +86,7 @@ def test_a_library_that_is_none_is_told_in_one_line(fresh, compiler):
 
 
 @pytest.mark.parametrize("damage", ["other", "cut", "holes"])
-def test_a_damaged_library_is_compiled_anew(fusing, fresh, damage):
+def test_a_damaged_library_is_compiled_anew(fused_here, fresh, damage):
     """Mapped as it is, one that is cut off ends the process, and each that comes after it."""
     assert library.fuse()
     (built,) = kept(fresh)
@@ -101,7 +101,7 @@ def test_a_damaged_library_is_compiled_anew(fusing, fresh, damage):
     assert built.read_bytes() != bad
 
 
-def test_it_is_compiled_once_for_a_source(fusing, fresh, monkeypatch):
+def test_it_is_compiled_once_for_a_source(fused_here, fresh, monkeypatch):
     assert library.fuse()
     (built,) = kept(fresh)
     written = built.stat().st_mtime_ns
@@ -119,7 +119,7 @@ def test_it_is_compiled_once_for_a_source(fusing, fresh, monkeypatch):
     assert library.process.library.answer() == 2
 
 
-def test_one_openmp_runtime_serves_torch_and_the_operations(fusing):
+def test_one_openmp_runtime_serves_torch_and_the_operations(fused_here):
     """Two would keep two sets of threads, which wait for each other's cores."""
     code = (
         "import torch; from gram_core.fused import attention, library; assert library.fuse()\n"
@@ -146,7 +146,7 @@ torch.compile(mean)(torch.randn(2, 5, 32, requires_grad=True)).backward()
 """
 
 
-def test_a_graph_that_torch_kept_for_other_operations_is_not_taken(fusing, tmp_path):
+def test_a_graph_that_torch_kept_for_other_operations_is_not_taken(fused_here, tmp_path):
     """The same call, of another release whose operation leaves the same behind in another order."""
     package = Path(library.__file__).parents[1]
     other, cache = tmp_path / "other", tmp_path / "cache"
