@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import os
 import re
 import socket
@@ -83,17 +84,26 @@ def carry_own_modules() -> None:
                 ray.cloudpickle.register_pickle_by_value(module)
 
 
-def worker_cores(workers: int, wanted: int | None, least: int | None = None) -> int:
-    """CPU cores of each of `workers`: `wanted`, or an equal share of the cluster's that fits on
-    its largest node. Raises `GramError` where a local Ray has no place for `least` of them (by
-    default all); a cluster may grow."""
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    cores = wanted or max(1, int(min(max(nodes), sum(nodes) // workers)))
-    fit = sum(int(cpus // cores) for cpus in nodes)
-    if fit < (least or workers) and not cluster_address():
+def worker_cores(
+    workers: int, wanted: int | None, least: int | None = None, gpus: float = 0.0
+) -> int:
+    """CPU cores of each of `workers`: `wanted`, or the most with which the cluster's nodes have
+    places for all, each with `gpus` GPUs; an equal share where they have none with one core. Raises
+    `GramError` where a local Ray has no place for `least` of them (by default all); a cluster may
+    grow."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+
+    def places(cores: int) -> int:
+        shares = [node.get("GPU", 0.0) / gpus if gpus else math.inf for node in nodes]
+        return sum(int(min(c // cores, g)) for c, g in zip(cpus, shares, strict=True))
+
+    fitting = (c for c in range(int(max(cpus)), 0, -1) if places(c) >= workers)
+    cores = wanted or next(fitting, max(1, int(min(max(cpus), sum(cpus) // workers))))
+    if places(cores) < (least or workers) and not cluster_address():
         raise GramError(
             f"{least or workers} workers of {cores} CPU cores do not fit on this machine, whose "
-            f"Ray has {sum(nodes):.0f}; ask for fewer workers or cores"
+            f"Ray has {sum(cpus):.0f}; ask for fewer workers or cores"
         )
     return cores
 
@@ -101,8 +111,10 @@ def worker_cores(workers: int, wanted: int | None, least: int | None = None) -> 
 def check_gpus(workers: int, each: float) -> None:
     """Raise `GramError` where a local Ray has not the GPUs that so many workers ask for: they would
     be waited for without end. A cluster may grow."""
+    if not each or cluster_address():
+        return
     have = ray.cluster_resources().get("GPU", 0)
-    if workers * each > have and not cluster_address():
+    if workers * each > have:
         raise GramError(
             f"{workers} workers of {each:g} GPUs do not fit on this machine, whose Ray has "
             f"{have:g}; ask for fewer workers or GPUs"

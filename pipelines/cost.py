@@ -66,6 +66,10 @@ def calibrate(model: GRAM, puzzles: Puzzles, config: SampleConfig, cores: int) -
         seconds = time.perf_counter() - start
     finally:
         torch.set_num_threads(before)
+        if torch.cuda.is_available():
+            # The GPU may be a worker's, too, which wants what torch would keep of it.
+            del model
+            torch.cuda.empty_cache()
     measured = len(few.ids) * width
     return Cost(
         trajectories=total,

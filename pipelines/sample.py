@@ -224,9 +224,9 @@ def sample_on_ray(
     config = job.config
     least, most = config.workers
     with few_actors(), cluster():
-        cores = worker_cores(most, config.cores, least)
         gpus = config.num_gpus if config.num_gpus is not None else float(has_gpus())
         check_gpus(least, gpus)
+        cores = worker_cores(most, config.cores, least, gpus)
         measure = calibrate
         if gpus and device_name() != "cuda":
             # This machine is not one of those that will do the work.
@@ -258,7 +258,9 @@ def sample_on_ray(
         with warnings.catch_warnings():
             # Ray means to name this bound otherwise, and has no other name for it yet.
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            finished = blocks.map_batches(
+            # Without a size, which `map_batches` itself refuses for workers with GPUs: a batch is a
+            # whole block.
+            finished = blocks.map_batches_internal(
                 Sampler,
                 fn_constructor_args=(
                     job.model, job.task, config, cores, board, store if apart else None,

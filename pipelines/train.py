@@ -215,7 +215,7 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
     all start again from the newest checkpoint, `train.restarts` times."""
     from ray.train import ControllerError, PreemptionError, WorkerGroupError
 
-    from pipelines.cluster import cluster, has_gpus
+    from pipelines.cluster import check_gpus, cluster, has_gpus
 
     rows: Examples | str
     if place.datasets:
@@ -226,6 +226,7 @@ def train_on_ray(job: Job, place: StorageConfig, report: Report) -> Trained:
     with cluster():
         # Asked once: a cluster that has just lost its GPU node gets it back, or waits for it.
         on_gpu = has_gpus()
+        check_gpus(job.train.workers, float(on_gpu))
         for restart in range(job.train.restarts + 1):
             try:
                 return _fit(job, rows, store, report, on_gpu=on_gpu)
@@ -283,7 +284,7 @@ def _fit(
     from pipelines.trainer import Trainer
 
     board = Board()
-    cores = worker_cores(job.train.workers, job.train.cores)
+    cores = worker_cores(job.train.workers, job.train.cores, gpus=float(on_gpu))
     here = isinstance(store, FolderStore)
 
     def receive(message: Any) -> None:

@@ -251,6 +251,39 @@ def test_board_carries_messages_questions_and_errors(monkeypatch: pytest.MonkeyP
     assert not [p for p in psutil.Process(os.getpid()).children() if "raylet" in p.name()]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "cores"),
+    [
+        ([(8, 0), (64, 8)], 8, 1, 8),
+        ([(32, 0), (8, 1), (8, 1)], 1, 1, 8),
+        ([(32, 0), (8, 1), (8, 1)], 2, 1, 8),
+        ([(64, 8), (64, 8)], 3, 1, 32),
+        ([(48, 4), (64, 8)], 12, 1, 8),
+        ([(64, 8)], 16, 0.5, 4),
+        ([(8, 0), (8, 0)], 3, 0, 4),
+        ([(64, 0)], 3, 0, 21),
+        # Nowhere: an equal share, for a cluster that grows.
+        ([(8, 0), (8, 0)], 4, 1, 4),
+        ([(2, 0)], 4, 0, 1),
+    ],
+)
+def test_a_worker_has_the_most_cores_with_which_all_have_a_place(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[tuple[int, int]],
+    workers: int,
+    gpus: float,
+    cores: int,
+) -> None:
+    alive = [
+        {"Alive": True, "Resources": {"CPU": float(c), **({"GPU": float(g)} if g else {})}}
+        for c, g in nodes
+    ]
+    gone = {"Alive": False, "Resources": {"CPU": 500.0, "GPU": 50.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert worker_cores(workers, None, gpus=gpus) == cores
+
+
 def test_modules_of_the_user_s_travel_by_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

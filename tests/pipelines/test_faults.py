@@ -229,7 +229,7 @@ def test_a_machine_that_is_taken_away_is_a_death_that_ray_leaves_to_us(
     )
     monkeypatch.setattr(cluster, "cluster", nullcontext)
     monkeypatch.setattr(cluster, "has_gpus", lambda: False)
-    monkeypatch.setattr(cluster, "worker_cores", lambda *_: 1)
+    monkeypatch.setattr(cluster, "worker_cores", lambda *_, **__: 1)
     monkeypatch.setattr(cluster, "Board", lambda: SimpleNamespace(listening=nullcontext))
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr(trainer, "Trainer", Starts)
@@ -244,6 +244,19 @@ def test_a_machine_that_is_taken_away_is_a_death_that_ray_leaves_to_us(
     for settings in Starts.settings:
         failures = settings["run_config"].failure_config
         assert (failures.max_failures, failures.max_preemption_failures) == (0, 0)
+
+
+def test_more_workers_than_gpus_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train would wait for them, twenty times a minute."""
+    from pipelines import cluster, train
+
+    few = {"engine": "deepspeed", "workers": 2, "batch": 16}
+    write_params(params(**{f"runs__tiny__train__{key}": value for key, value in few.items()}))
+    monkeypatch.setattr(cluster, "cluster", nullcontext)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    job = train.job_of(load_run("tiny"), ())
+    with pytest.raises(GramError, match="2 workers of 1 GPUs do not fit on this machine"):
+        train.train_on_ray(job, StorageConfig(), lambda row: None)
 
 
 SURVIVOR = """

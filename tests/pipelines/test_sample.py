@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import ray
 import torch
 from ray.actor import ActorClass
 from ray.remote_function import RemoteFunction
@@ -23,7 +24,7 @@ from pipelines.dataset import held_out
 from pipelines.evaluate import evaluate
 from pipelines.params import load_run
 from pipelines.provenance import computer
-from pipelines.runtime import threads
+from pipelines.runtime import environment, threads
 from pipelines.sample import _Bar, patience, sample_run
 from pipelines.train import train_run
 
@@ -143,6 +144,21 @@ def test_workers_do_not_show(
     for other in (one, two):
         assert other.drop("value").equals(here.drop("value"))
         assert other["value"].to_list() == pytest.approx(here["value"].to_list(), abs=1e-5)
+
+
+@pytest.mark.ray
+def test_workers_that_ask_for_a_gpu_sample_too(whole: Path) -> None:
+    """Ray counts one here that torch does not see: what is asked of Ray is what it is on a GPU."""
+    here = sampled()
+    ray.init(
+        "local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
+        runtime_env={"env_vars": environment()},
+    )  # fmt: skip
+    try:
+        there = sampled(concurrency=1)
+    finally:
+        ray.shutdown()
+    assert there.drop("value").equals(here.drop("value"))
 
 
 def test_the_wait_that_is_lengthened_is_the_one_that_ray_reads() -> None:
