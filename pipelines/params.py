@@ -124,8 +124,11 @@ def load_run(name: str, path: Path = FILE) -> Run:
     return run_of(read_params(path), name, path)
 
 
-def run_of(params: Mapping[str, Any], name: str, path: Path = FILE) -> Run:
-    """The run `name` of what `read_params` gave. Raises `ConfigError`."""
+def run_of(
+    params: Mapping[str, Any], name: str, path: Path = FILE, task: Task | None = None
+) -> Run:
+    """The run `name` of what `read_params` gave; with `task` where it has been made already.
+    Raises `ConfigError`."""
     entry = entry_of(params, "runs", name, path)
     where = f"{path}: runs.{name}"
     for key in entry:
@@ -138,7 +141,7 @@ def run_of(params: Mapping[str, Any], name: str, path: Path = FILE) -> Run:
         known = ", ".join(params["tasks"])
         raise ConfigError(f"{where}.task: no task {task_name!r} in 'tasks'; there are: {known}")
 
-    return Run(name, task_name, _task(params, task_name, path), entry, where)
+    return Run(name, task_name, task or _task(params, task_name, path), entry, where)
 
 
 def _task(params: Mapping[str, Any], name: str, path: Path) -> Task:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from gram_core.config import Config, ConfigError, NonNegativeFloat, PositiveInt, Seed, load
+from gram_core.tasks.base import Task
 from gram_core.train.objective import Terms
 from pipelines.params import FILE, Run, entry_of, read_params, run_of
 from pipelines.storage import check
@@ -157,9 +158,14 @@ def _extremes(config: SweepConfig) -> Iterator[dict[str, Any]]:
 
 
 def run_with(
-    params: Mapping[str, Any], config: SweepConfig, values: Mapping[str, Any], path: Path = FILE
+    params: Mapping[str, Any],
+    config: SweepConfig,
+    values: Mapping[str, Any],
+    path: Path = FILE,
+    task: Task | None = None,
 ) -> Run:
-    """The sweep's run with the settings of one trial. Raises `ConfigError`."""
+    """The sweep's run with the settings of one trial, which change no task: with `task` where it
+    has been made already. Raises `ConfigError`."""
     document = copy.deepcopy(dict(params))
     entry = entry_of(document, "runs", config.run, path)
     for key, value in {**config.fixed, **values}.items():
@@ -169,7 +175,7 @@ def run_with(
     for key in ("train.workers", "train.zero_stage"):
         put(entry, key, int(key == "train.workers"))
     put(entry, "train.cores", config.cpus)
-    return run_of(document, config.run, path)
+    return run_of(document, config.run, path, task)
 
 
 def put(entry: Any, key: str, value: Any) -> None:

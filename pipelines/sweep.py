@@ -17,6 +17,7 @@ import pyarrow as pa
 from gram_core import tables
 from gram_core.config import dump
 from gram_core.errors import GramError
+from gram_core.tasks.base import Task
 from gram_core.tasks.batches import Examples
 from gram_core.train.checkpoint import META, Found
 from gram_core.train.engine import PlainEngine
@@ -97,11 +98,13 @@ def trial(
     *,
     params: Mapping[str, Any],
     config: SweepConfig,
+    task: Task,
     groups: tuple[str, ...],
     rows: Examples,
 ) -> None:
-    """What each trial runs: the run's training with the values that the sweep chose."""
-    job = job_of(run_with(params, config, values), groups)
+    """What each trial runs: the run's training with the values that the sweep chose. The task comes
+    with it: its verifier may be a module that this machine has not."""
+    job = job_of(run_with(params, config, values, task=task), groups)
     compute_with(config.cpus)
     module = build_module(job, device_name(config.gpus))
     engine = PlainEngine(module, job.train.optim, job.train.accumulate)
@@ -151,7 +154,12 @@ def _sweep(name: str, *, resume: bool) -> int:
         _fits(name, config, gpus)
         function = tune.with_resources(
             tune.with_parameters(
-                trial, params=params, config=config, groups=job.identifiers, rows=rows
+                trial,
+                params=params,
+                config=config,
+                task=job.task,
+                groups=job.identifiers,
+                rows=rows,
             ),
             {"cpu": config.cpus, "gpu": gpus},
         )

@@ -495,6 +495,28 @@ def test_promotion_keeps_the_committed_files_form(folder: Path) -> None:
     assert "every trial also had train.steps=600" in promotion("nqueens8")
 
 
+def test_a_trial_takes_the_task_that_the_driver_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verifier may be a module that lies on the driver's machine alone."""
+    from pipelines import params, sweep
+
+    write_params(document())
+    make_data()
+    config, whole = load_sweep("lr")
+    job, rows = sweep._checked(whole, config)
+    worked = []
+
+    def nowhere(*_: object) -> None:
+        raise AssertionError("made anew")
+
+    monkeypatch.setattr(params, "make_task", nowhere)
+    monkeypatch.setattr(sweep, "TrialStore", lambda *_: SimpleNamespace(report=None))
+    monkeypatch.setattr(sweep, "work", lambda engine, job, *_, **__: worked.append(job))
+    sweep.trial({}, params=whole, config=config, task=job.task, groups=(), rows=rows)
+    assert worked[0].task is job.task
+
+
 def test_a_place_that_holds_something_else_is_left_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
