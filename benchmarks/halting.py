@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     step = SupervisionStep(model, base)
     if model.z0_h.is_cuda:
-        step = compiled(step, say, dynamic=True)
+        step = compiled(step, say, rows=step.rows)
         for config in [*ways.values()] * 3:  # compiles, and records each number of rows
             rollout(model, puzzles, config, step=step, verify=run.task.verify)
     seconds: dict[str, list[float]] = {name: [] for name in ways}

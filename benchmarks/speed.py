@@ -164,7 +164,8 @@ def sampling(size: str, dtype: str, batch: int, turn: Callable[[float], None]) -
     )  # fmt: skip
     count = batch // WIDTH
     puzzles = Puzzles.of([str(n) for n in range(count)], examples.inputs[:count])
-    step = compiled(SupervisionStep(model, config), say, dynamic=True)
+    step = SupervisionStep(model, config)
+    step = compiled(step, say, rows=step.rows)
     for _ in range(3):  # compiles; on a GPU also records
         rollout(model, puzzles, config, step=step)
     while True:

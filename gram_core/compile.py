@@ -1,7 +1,7 @@
 """torch.compile with a way back: what cannot be compiled runs as it is."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 Say = Callable[[str], None]
+# Tensors of a forward's arguments, and along which axis the number of their rows may change.
+Rows = Callable[..., Iterable[tuple[Tensor, int]]]
 
 
-def compiled(module: Module, say: Say, *, dynamic: bool = False, graphs: bool = True) -> Module:
-    """`module` with its forward compiled, for static shapes or for any number of rows; unchanged,
-    with one line that says so, where this machine has no compiler for it or compiling the forward
-    fails. (A backward is compiled where it is first called, out of reach from here.)
+def compiled(module: Module, say: Say, *, rows: Rows | None = None, graphs: bool = True) -> Module:
+    """`module` with its forward compiled, for static shapes or, along the axes that `rows` names,
+    for any size but one alone; unchanged, with one line that says so, where this machine has no
+    compiler for it or compiling the forward fails. (A backward is compiled where it is first
+    called, out of reach from here.)
 
     On a GPU the kernels of each shape of inputs are recorded as a CUDA graph, unless without
     `graphs`: what a graph gives lies in memory that its next run writes to, gradients among it,
@@ -26,13 +29,20 @@ def compiled(module: Module, say: Say, *, dynamic: bool = False, graphs: bool = 
         return module
     recorded = graphs and device.type == "cuda"
     mode = "reduce-overhead" if recorded else None
-    fast = with_way_back(module.forward, say, dynamic=dynamic, mode=mode)
+    fast = with_way_back(module.forward, say, dynamic=None if rows else False, mode=mode)
 
     def forward(*arguments: Any) -> Any:
+        if rows is not None:
+            # These axes alone: were all sizes left open, those that happen to be equal at first
+            # would be taken for one, and compiled again once they differ.
+            for tensor, axis in rows(*arguments):
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        if not recorded:
+            return fast(*arguments)
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return kept(fast(*arguments))
 
-    module.forward = forward if recorded else fast
+    module.forward = forward if recorded or rows else fast
     return module
 
 

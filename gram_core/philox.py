@@ -35,9 +35,10 @@ def normal(streams: np.ndarray, count: int, device: torch.device) -> Float[Tenso
     groups = -(-count // 4)
     if device.type == "cpu":
         return torch.from_numpy(on_cpu(streams, groups))[:, :count]
-    rows = torch.from_numpy(streams.astype(np.int64)).to(device)
+    rows = torch.from_numpy(streams.astype(np.int64)).to(device, non_blocking=True)
     pieces = torch.split(rows, max(1, PIECE // (4 * groups)))
-    return torch.cat([_fused()(piece, groups)[:, :count] for piece in pieces])
+    drawn = [_fused()(piece, groups)[:, :count] for piece in pieces]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 @cache

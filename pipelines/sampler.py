@@ -49,7 +49,7 @@ class Sampler:
         compute_with(cores)
         self.model = model.to(device_name(config.num_gpus))
         step = SupervisionStep(self.model, config)
-        self.step = compiled(step, say, dynamic=True) if compile else step
+        self.step = compiled(step, say, rows=step.rows) if compile else step
         self.task = task
         self.config = config
         self.board = board

@@ -8,7 +8,7 @@ trajectory's answer is the one it halted with, or the one it held at step d.
 Shapes: J trajectories in all, M rows in the batch, S content positions, L all positions, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -154,17 +154,16 @@ class _Live:
         self.done = np.concatenate([self.done, np.zeros(len(jobs), dtype=bool)])
 
     def advance(
-        self, step: "SupervisionStep", noise: Tensor | None, slots: int
+        self, step: "SupervisionStep", noise: Tensor | None, spare: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Take a supervision step; answers, values and wishes to halt."""
+        """Take a supervision step, with so many spare rows; answers, values and wishes to halt."""
         rows = len(self)
-        spare = spare_rows(rows, slots, self.e_x.device)
 
         def filled(tensor: Tensor) -> Tensor:
             return F.pad(tensor, (0, 0, 0, 0, 0, spare)) if spare else tensor
 
         state = State(filled(self.state.h), filled(self.state.l))
-        state, *told = step(state, filled(self.e_x), None if noise is None else filled(noise))
+        state, *told = step(state, filled(self.e_x), noise)
         self.state = State(state.h[:rows], state.l[:rows])
         prediction, value, wants = (tensor[:rows].cpu().numpy() for tensor in told)
         return prediction, value, wants
@@ -216,6 +215,12 @@ class SupervisionStep(nn.Module):
         state = State(state.h.float(), state.l.float())
         return state, prediction, model.value(feature), wants
 
+    @staticmethod
+    def rows(state: State, e_x: Tensor, noise: Tensor | None) -> Iterable[tuple[Tensor, int]]:
+        """The arguments that have M rows, each with the axis along which they are."""
+        along = [(state.h, 0), (state.l, 0), (e_x, 0)]
+        return along if noise is None else [*along, (noise, 1)]
+
 
 @torch.inference_mode()
 def rollout(
@@ -264,8 +269,9 @@ def rollout(
         if len(queue) and (config.compaction or not len(live)):
             with autocast(step.precision, live.e_x.device):  # as training embeds
                 live.admit(queue.take(config.batch - len(live)))
-        noise = _noise(model, live, keys, config)
-        prediction, value, wants = live.advance(step, noise, config.batch)
+        spare = spare_rows(len(live), config.batch, live.e_x.device)
+        noise = _noise(model, live, keys, config, spare)
+        prediction, value, wants = live.advance(step, noise, spare)
         live.step += 1
         halts = wants & config.halting & ~live.done
         given_up = 0
@@ -302,14 +308,16 @@ def rollout(
 
 
 def _noise(
-    model: GRAM, live: _Live, keys: Sequence[Key], config: SampleConfig
+    model: GRAM, live: _Live, keys: Sequence[Key], config: SampleConfig, spare: int
 ) -> Float[Tensor, "T M L D"] | None:
-    """What the prior's transitions of the next supervision step draw."""
+    """What the prior's transitions of the next supervision step draw; for spare rows, too, so that
+    it always lies in memory in the same way."""
     if not keys:
         return None
     shape = (model.config.T, model.length, model.config.dim)
     mine = [keys[job] for job in live.job.tolist()]
-    noise = batch_noise(mine, live.step.tolist(), shape, live.e_x.device)
+    mine, steps = mine + mine[:1] * spare, live.step.tolist() + [0] * spare
+    noise = batch_noise(mine, steps, shape, live.e_x.device)
     return noise if config.temperature == 1 else noise * config.temperature
 
 

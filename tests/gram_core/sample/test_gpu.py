@@ -25,7 +25,8 @@ def test_trajectories_are_those_of_a_cpu(model, compaction):
     expected = rollout(model, puzzles, config)
     there = copy.deepcopy(model).to("cuda")
     said: list[str] = []
-    step = compiled(SupervisionStep(there, config), said.append, dynamic=True)
+    step = SupervisionStep(there, config)
+    step = compiled(step, said.append, rows=step.rows)
     for _ in range(3):  # compiled, recorded, replayed
         found = rollout(there, puzzles, config, step=step)
         for name in ("steps", "halted", "prediction"):

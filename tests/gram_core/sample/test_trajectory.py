@@ -72,6 +72,8 @@ def test_rows_that_fill_up_a_graph_s_number_change_nothing(model, puzzles, monke
     class Step(trajectory.SupervisionStep):
         def forward(self, state, e_x, noise):
             seen.append(len(e_x))
+            # One layout, for a compiler would make code of its own for another.
+            assert noise.shape[1] == len(e_x) and noise.transpose(0, 1).is_contiguous()
             return super().forward(state, e_x, noise)
 
     monkeypatch.setattr(
