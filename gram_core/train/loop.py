@@ -173,7 +173,8 @@ def train(
     window = torch.zeros(len(Terms.names), 2, device=device)
     while progress.iteration < config.steps:
         slots.refill()
-        share = torch.tensor(kl_share(config, progress.iteration), device=device)
+        # Filled in on the device: a copy to it would wait for all that it still has to do.
+        share = torch.full((), kl_share(config, progress.iteration), device=device)
         rate = learning_rate(config.optim, progress.iteration, config.steps)
         results, moved = [], []
         for part in range(config.accumulate):

@@ -119,14 +119,19 @@ class Slots:
         self.ended[:] = False
         if not len(own):
             return
-        index = torch.from_numpy(own).to(self.device)
+        # Not waited for, here and in `batch`: a copy to a GPU that blocks waits for all that it
+        # still has to do.
+        index = torch.from_numpy(own).to(self.device, non_blocking=True)
         examples = self.examples.take(self.row[self.mine[own]])
         zero = self.model.initial_state(len(own))
         self.state.h[index], self.state.l[index] = zero.h, zero.l
         self.trace[index] = 0.0
-        self.inputs[index] = examples.inputs.to(self.device)
-        self.target[index] = examples.target.to(self.device)
-        self.puzzle[index] = examples.puzzle.to(self.device)
+        for own_rows, fresh_rows in (
+            (self.inputs, examples.inputs),
+            (self.target, examples.target),
+            (self.puzzle, examples.puzzle),
+        ):
+            own_rows[index] = fresh_rows.to(self.device, non_blocking=True)
 
     def part(self, number: int) -> slice:
         """This worker's slots that part `number` of its share takes."""
