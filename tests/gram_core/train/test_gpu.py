@@ -32,10 +32,14 @@ def on_gpu(make_run, **settings):
 @pytest.mark.parametrize("case", CASES)
 def test_the_curve_is_that_of_a_cpu(make_run, case):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     here = make_run(**CASES[case]).go()
     there, said = on_gpu(make_run, **CASES[case])
     there.go()
     assert said == []
+    if there.config.graphs:
+        skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        assert skipped == 0, "the step is recorded"
     for row, expected in zip(there.reported, here.reported, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
     for average, expected in zip(there.ema.average, here.ema.average, strict=True):
@@ -49,6 +53,7 @@ def test_a_run_goes_on_from_a_checkpoint(make_run, tmp_path):
     store = Checkpoints(FolderStore(tmp_path), "a")
     with pytest.raises(KeyboardInterrupt):
         on_gpu(make_run)[0].go(store, kill_at=5)
+    assert (tmp_path / "step-0000003").is_dir(), "there is something to go on from"
     rest, _ = on_gpu(make_run)
     rest.go(store)
     for row, expected in zip(rest.reported, whole.reported, strict=True):
