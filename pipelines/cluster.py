@@ -23,6 +23,7 @@ from gram_core.errors import GramError
 from pipelines.alone import few_processes
 from pipelines.runtime import cluster_address, environment, local, threads
 
+PARTS = 10_000  # of a GPU, that Ray counts
 OURS = ("__main__", "gram_core", "pipelines", "stages", "tests", "benchmarks")
 
 
@@ -88,24 +89,38 @@ def worker_cores(
     workers: int, wanted: int | None, least: int | None = None, gpus: float = 0.0
 ) -> int:
     """CPU cores of each of `workers`: `wanted`, or the most with which the cluster's nodes have
-    places for all, each with `gpus` GPUs; an equal share where they have none with one core. Raises
-    `GramError` where a local Ray has no place for `least` of them (by default all); a cluster may
-    grow."""
+    places for as many of them as they can, each with `gpus` GPUs; an equal share where these are
+    not the `least` (by default all). Raises `GramError` where a local Ray has no place for `least`;
+    a cluster may grow."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [node.get("CPU", 0.0) for node in nodes]
+    rooms = [_rooms(node.get("GPU", 0.0), gpus) for node in nodes]
+    least = least or workers
 
     def places(cores: int) -> int:
-        shares = [node.get("GPU", 0.0) / gpus if gpus else math.inf for node in nodes]
-        return sum(int(min(c // cores, g)) for c, g in zip(cpus, shares, strict=True))
+        return sum(int(min(c // cores, room)) for c, room in zip(cpus, rooms, strict=True))
 
-    fitting = (c for c in range(int(max(cpus)), 0, -1) if places(c) >= workers)
-    cores = wanted or next(fitting, max(1, int(min(max(cpus), sum(cpus) // workers))))
-    if places(cores) < (least or workers) and not cluster_address():
+    some = min(workers, places(1))
+    if wanted:
+        cores = wanted
+    elif some >= least:
+        cores = next(c for c in range(int(max(cpus)), 0, -1) if places(c) >= some)
+    else:
+        cores = max(1, int(min(max(cpus), sum(cpus) // workers)))
+    if places(cores) < least and not cluster_address():
         raise GramError(
-            f"{least or workers} workers of {cores} CPU cores do not fit on this machine, whose "
-            f"Ray has {sum(cpus):.0f}; ask for fewer workers or cores"
+            f"{least} workers of {cores} CPU cores do not fit on this machine, whose Ray has "
+            f"{sum(cpus):.0f}; ask for fewer workers or cores"
         )
     return cores
+
+
+def _rooms(have: float, each: float) -> float:
+    """How many workers of `each` GPUs a node with so many has room for: Ray cuts up every GPU by
+    itself, and gives no parts of several."""
+    if not each:
+        return math.inf
+    return have // each if each >= 1 else have * (PARTS // max(1, round(PARTS * each)))
 
 
 def check_gpus(workers: int, each: float) -> None:
@@ -114,7 +129,7 @@ def check_gpus(workers: int, each: float) -> None:
     if not each or cluster_address():
         return
     have = ray.cluster_resources().get("GPU", 0)
-    if workers * each > have:
+    if workers > _rooms(have, each):
         raise GramError(
             f"{workers} workers of {each:g} GPUs do not fit on this machine, whose Ray has "
             f"{have:g}; ask for fewer workers or GPUs"

@@ -262,6 +262,14 @@ def test_board_carries_messages_questions_and_errors(monkeypatch: pytest.MonkeyP
         ([(64, 8)], 16, 0.5, 4),
         ([(8, 0), (8, 0)], 3, 0, 4),
         ([(64, 0)], 3, 0, 21),
+        # Room for the least alone.
+        ([(64, 0), (8, 1)], (1, 8), 1, 8),
+        ([(64, 0), (8, 1), (8, 1)], (2, 3), 1, 8),
+        ([(2, 0)], (1, 4), 0, 1),
+        # No part of a GPU is put together with another's.
+        ([(12, 2)], 3, 0.6, 4),
+        ([(12, 2)], (2, 3), 0.6, 6),
+        ([(12, 1)], 10, 0.1, 1),
         # Nowhere: an equal share, for a cluster that grows.
         ([(8, 0), (8, 0)], 4, 1, 4),
         ([(2, 0)], 4, 0, 1),
@@ -270,10 +278,11 @@ def test_board_carries_messages_questions_and_errors(monkeypatch: pytest.MonkeyP
 def test_a_worker_has_the_most_cores_with_which_all_have_a_place(
     monkeypatch: pytest.MonkeyPatch,
     nodes: list[tuple[int, int]],
-    workers: int,
+    workers: int | tuple[int, int],
     gpus: float,
     cores: int,
 ) -> None:
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
     alive = [
         {"Alive": True, "Resources": {"CPU": float(c), **({"GPU": float(g)} if g else {})}}
         for c, g in nodes
@@ -281,7 +290,7 @@ def test_a_worker_has_the_most_cores_with_which_all_have_a_place(
     gone = {"Alive": False, "Resources": {"CPU": 500.0, "GPU": 50.0}}
     monkeypatch.setattr("ray.nodes", lambda: [*alive, gone])
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
-    assert worker_cores(workers, None, gpus=gpus) == cores
+    assert worker_cores(most, None, least, gpus) == cores
 
 
 def test_modules_of_the_user_s_travel_by_value(

@@ -247,7 +247,7 @@ def test_a_machine_that_is_taken_away_is_a_death_that_ray_leaves_to_us(
 
 
 def test_more_workers_than_gpus_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train would wait for them, twenty times a minute."""
+    """Ray Train would wait twenty minutes for them."""
     from pipelines import cluster, train
 
     few = {"engine": "deepspeed", "workers": 2, "batch": 16}

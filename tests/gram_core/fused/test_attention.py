@@ -146,7 +146,7 @@ except MemoryError as error:
 """
 
 
-def test_no_memory_is_an_error(fusing):
+def test_no_memory_is_an_error(fused_here):
     if not Path("/proc/self/statm").exists():
         pytest.skip("no /proc here")
     done = subprocess.run([sys.executable, "-c", LITTLE], capture_output=True, text=True)

@@ -1,4 +1,5 @@
-// AVX-512 with bfloat16 in 256 bits, for `g++ -include`: what lanes.h asks of it, by the bit.
+// AVX-512 with bfloat16 in 256 bits, for `g++ -include`: what lanes.h asks of it, by the bit but for
+// denormal numbers, which AVX-512 takes for zero in bfloat16.
 #pragma once
 #include <immintrin.h>
 
@@ -15,11 +16,11 @@ struct Two {
 inline Two two(__m512 x) { return __builtin_bit_cast(Two, x); }
 inline __m512 one(__m256 low, __m256 high) { return __builtin_bit_cast(__m512, Two{low, high}); }
 
-// Halves onto halves.
+// Halves onto halves, in GCC's order.
 template <class F>
 inline float reduced(__m512 x, F f) {
-    const __m256 eight = f(two(x).low, two(x).high);
-    __m256 y = f(eight, _mm256_permute2f128_ps(eight, eight, 1));
+    const __m256 eight = f(two(x).high, two(x).low);
+    __m256 y = f(_mm256_permute2f128_ps(eight, eight, 1), eight);
     y = f(y, _mm256_permute_ps(y, 0b01001110));
     return f(y, _mm256_permute_ps(y, 0b10110001))[0];
 }
