@@ -13,7 +13,6 @@ from gram_core.fused import library
 # the way.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
 
-
 # What operations are compiled for: all that this processor has; 256 bits; and, in 256 bits, what
 # lanes.h asks of AVX-512 and bfloat16, so that both are tested where the processor has neither.
 HERE, AVX2 = "this processor", "AVX2"
@@ -48,7 +47,7 @@ def compiled_for(kind, monkeypatch):
         monkeypatch.setattr(library, "_gxx", without_avx512(library._gxx, emulated))
         if emulated:
             digest = sha256(WIDE.read_bytes()).hexdigest()
-            # Less than -O3, which takes ten minutes, but for products that are added unrounded.
+            # -O3 takes ten minutes. Of more than -O1, what has products added unrounded, as FMAs.
             less = ("-O1", "-fexpensive-optimizations", "-include", str(WIDE), f"-DWIDE={digest}")
             monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-Wno-psabi", *less))
             monkeypatch.setattr(library, "COMPILING", 1200)
