@@ -77,6 +77,7 @@ LOADS = {
     ),
 }  # fmt: skip
 SQUARE = 8192
+CHECKED = 500  # iterations, at the most: as often as in a run by default weights are looked at
 
 
 def boards() -> tuple[NQueens, Examples]:
@@ -128,7 +129,7 @@ def training(size: str, dtype: str, batch: int, turn: Callable[[float], None]) -
     task, examples = boards()
     model, steps = MODELS[size], LOADS[device_name()].steps[size]
     config = TrainConfig(
-        steps=10**9, batch=batch, log_every=steps, checkpoint_every=steps,
+        steps=10**9, batch=batch, log_every=steps, checkpoint_every=CHECKED // steps * steps,
         precision="bf16" if dtype == "bf16" else "fp32",
     )  # fmt: skip
     torch.manual_seed(0)

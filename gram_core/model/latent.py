@@ -55,10 +55,11 @@ def kl(q: Gaussian, p: Gaussian) -> Float[Tensor, "B L"]:
     if q.std is None or p.std is None:
         return 0.5 * distance.square().sum(-1)
     # By the ratio of the deviations: where both are equal, as in a fresh model, the gradient is
-    # zero to the bit. Of what rounding leaves in its place AdamW would make whole steps. (A
-    # division of equals need not give one in compiled CUDA.)
+    # zero to the bit. Of what rounding leaves in its place AdamW would make whole steps.
     q_std, p_std = q.std.float(), p.std.float()
-    ratio = torch.where(q_std == p_std, 1.0, q_std / p_std)
+    ratio = q_std / p_std
+    if not ratio.is_cpu:  # There compiled divisions of equals need not give one.
+        ratio = torch.where(q_std == p_std, 1.0, ratio)
     terms = 0.5 * (ratio.square() + (distance / p_std).square()) - 0.5 - ratio.log()
     return terms.sum(-1)
 
